@@ -1,0 +1,35 @@
+// gemm: y[t, n] = sum_k x[t, k] * W[n, k], W in any WeightFormat.
+//
+// Numerics: x is binary32 (bf16-representable unless the run is exact). Products and sums in binary32, the order is the
+// implementation's own but depends on neither num_tokens nor the number of threads; NVFP4: sum of x * (e2m1 * sf), then one
+// multiplication by global; FP8 block: partial sums per 128 columns times the block scale. The reference sums in double.
+// round_output: each y is rounded to bf16 once, at the end (the model's linears outside exact mode).
+#pragma once
+
+#include <cstdint>
+
+#include "ops/cpu_context.h"
+#include "ops/gemm/weight.h"
+
+namespace dsv4 {
+
+struct GemmArgs {
+  const float* x;        // [num_tokens, w.cols], rows x_stride apart
+  const Weight* w;       // [rows, cols]
+  float* y;              // [num_tokens, w.rows], rows y_stride apart; must not alias x
+  int64_t num_tokens;    // 0 is legal
+  int64_t x_stride;      // elements, >= w.cols
+  int64_t y_stride;      // elements, >= w.rows
+  bool round_output;     // to bf16
+};
+
+void gemm(const GemmArgs& args, const CpuContext& context);
+
+// What one call must move and compute: the bound that bench and statistics use.
+struct OpCost {
+  double bytes = 0;
+  double flops = 0;
+};
+OpCost gemm_cost(const WeightView& w, int64_t num_tokens);
+
+}  // namespace dsv4
