@@ -10,7 +10,8 @@
 // a4: the inputs of w1/w3 and of w2 are quantised to NVFP4 by the run-time rule with one global per row, g = amax(row)/2688
 // (1 for a zero row). The GEMM is what FP4 tensor cores compute: per 16-group the integer dot product of the doubled codes is
 // exact; times sfx * sfw (exact in binary32); summed over groups in binary32 in the order k = 0, 16, 32, ...; then times
-// (global_x * global_w) / 4, that product rounded first. Needs NVFP4 experts. Bytes and sums are the same on every path.
+// (global_x * global_w) / 4, that product rounded first. Needs NVFP4 experts. Bytes and sums are the same on every path, and
+// so is SwiGLU (swiglu.h): y_e is the same bit for bit everywhere.
 #pragma once
 
 #include <cstdint>
@@ -41,10 +42,13 @@ struct MoeArgs {
   int64_t inter;                 // of a routed expert; the shared expert's comes from its weights
   int num_experts;
   int num_topk;
-  float swiglu_limit;
+  float swiglu_limit;            // positive; infinity: no clamp
   Precision precision;
 };
 
 void moe(const MoeArgs& args, const CpuContext& context);
+
+// Bytes: the weights of each activated expert once, activations in and out. Counts the experts topk_idx names.
+OpCost moe_cost(const MoeArgs& args);
 
 }  // namespace dsv4
