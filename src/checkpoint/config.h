@@ -68,6 +68,11 @@ struct ModelConfig {
 // source: name for messages. Throws one bad-input error that lists every problem, a line each.
 ModelConfig parse_model_config(const Json& json, const std::string& source);
 
+// Hard limits on what parse_model_config accepts, so that later arithmetic and the tensor list stay bounded.
+constexpr int64_t kMaxMatrixElements = 1ll << 40;
+constexpr int64_t kMaxModelParameters = 1ll << 48;
+constexpr int64_t kMaxExpertsTimesLayers = 1ll << 18;
+
 // generation_config.json: absent keys keep these defaults, absent file too.
 struct GenerationDefaults {
   bool do_sample = true;
@@ -75,5 +80,6 @@ struct GenerationDefaults {
   float top_p = 1.0f;
   int top_k = 0;
 };
+GenerationDefaults parse_generation_defaults(const Json& json, const std::string& source);
 
 }  // namespace dsv4
