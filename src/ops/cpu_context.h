@@ -20,4 +20,22 @@ struct CpuContext {
   CpuIsa isa = CpuIsa::kReference;
 };
 
+// body(row) for every row, split over the pool only where that pays: a loop over threads costs about 2 us, so blocks hold
+// at least kRowBlockWork units (roughly multiply-adds) and small jobs stay on the calling thread.
+constexpr int64_t kRowBlockWork = 1 << 15;
+
+template <class Body>
+void for_rows(const CpuContext& context, int64_t num_rows, int64_t work_per_row, const Body& body) {
+  const int64_t rows_per_block = work_per_row >= kRowBlockWork ? 1 : kRowBlockWork / (work_per_row + 1) + 1;
+  const int64_t num_blocks = (num_rows + rows_per_block - 1) / rows_per_block;
+  if (num_blocks <= 1) {
+    for (int64_t row = 0; row < num_rows; ++row) body(row);
+    return;
+  }
+  context.pool.parallel_for(num_blocks, [&](int64_t block) {
+    const int64_t end = (block + 1) * rows_per_block < num_rows ? (block + 1) * rows_per_block : num_rows;
+    for (int64_t row = block * rows_per_block; row < end; ++row) body(row);
+  });
+}
+
 }  // namespace dsv4

@@ -1,0 +1,319 @@
+// Body of the vector kernels in terms of Lanes, a compiler vector of DSV4_VEC_LANES floats. Included by vec_<isa>.cpp, which
+// are compiled with that instruction set and with contraction on (a * b + c becomes one FMA; no bytes depend on it here).
+#include <cstring>
+#include <limits>
+
+#include "ops/vec/vec_tables.h"
+
+namespace dsv4::DSV4_VEC_NAMESPACE {
+namespace {
+
+constexpr int kLanes = DSV4_VEC_LANES;
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes), aligned(2)));
+
+inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+inline void store(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
+inline Lanes splat(float x) { return x - Lanes{}; }
+inline Lanes maximum(Lanes a, Lanes b) { return a > b ? a : b; }
+
+inline float fold_sum(Lanes v) {
+  float x[kLanes];
+  store(x, v);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+inline float fold_max(Lanes v) {
+  float x[kLanes];
+  store(x, v);
+  for (int i = 1; i < kLanes; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
+  return x[0];
+}
+
+// exp(x) for x <= 0 or moderate: 2^k * p(r) with r = x - k ln2 split in two constants (Cody-Waite), degree-6 polynomial.
+// x below -87.3 gives 0 (also -inf); NaN stays NaN through the polynomial.
+inline Lanes exp_lanes(Lanes x) {
+  const Lanes underflow = splat(-87.33654f);
+  const Lanes clamped = x < underflow ? underflow : x;
+  const Lanes magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Lanes shifted = clamped * splat(1.44269504f) + magic;
+  const Lanes k = shifted - magic;
+  const Lanes r = (clamped - k * splat(0.693145752f)) - k * splat(1.42860677e-6f);
+  Lanes p = splat(1.0f / 720.0f);
+  p = p * r + splat(1.0f / 120.0f);
+  p = p * r + splat(1.0f / 24.0f);
+  p = p * r + splat(1.0f / 6.0f);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  const IntLanes exponent = ((IntLanes)shifted - (IntLanes)magic) << 23;
+  const Lanes result = (Lanes)((IntLanes)p + exponent);
+  return x < underflow ? Lanes{} : result;
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  Lanes s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + kLanes) * load(b + i + kLanes);
+    s2 += load(a + i + 2 * kLanes) * load(b + i + 2 * kLanes);
+    s3 += load(a + i + 3 * kLanes) * load(b + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += load(a + i) * load(b + i);
+  float sum = fold_sum((s0 + s1) + (s2 + s3));
+  for (; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void dot_rows(const float* x, const float* w, int64_t w_stride, int num_rows, int64_t n, float* out) {
+  int r = 0;
+  for (; r + 4 <= num_rows; r += 4) {
+    const float* w0 = w + r * w_stride;
+    const float* w1 = w0 + w_stride;
+    const float* w2 = w1 + w_stride;
+    const float* w3 = w2 + w_stride;
+    Lanes a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Lanes x0 = load(x + i), x1 = load(x + i + kLanes);
+      a0 += x0 * load(w0 + i);
+      a1 += x0 * load(w1 + i);
+      a2 += x0 * load(w2 + i);
+      a3 += x0 * load(w3 + i);
+      b0 += x1 * load(w0 + i + kLanes);
+      b1 += x1 * load(w1 + i + kLanes);
+      b2 += x1 * load(w2 + i + kLanes);
+      b3 += x1 * load(w3 + i + kLanes);
+    }
+    float sums[4] = {fold_sum(a0 + b0), fold_sum(a1 + b1), fold_sum(a2 + b2), fold_sum(a3 + b3)};
+    for (; i < n; ++i)
+      for (int j = 0; j < 4; ++j) sums[j] += x[i] * w[(r + j) * w_stride + i];
+    for (int j = 0; j < 4; ++j) out[r + j] = sums[j];
+  }
+  for (; r < num_rows; ++r) out[r] = dot(x, w + r * w_stride, n);
+}
+
+float sum_squares(const float* x, int64_t n) { return dot(x, x, n); }
+
+float max_abs(const float* x, int64_t n) {
+  Lanes m{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Lanes a = (Lanes)((UintLanes)load(x + i) & 0x7fffffffu);
+    m = maximum(a, m);
+  }
+  float result = fold_max(m);
+  for (; i < n; ++i) {
+    const float a = x[i] < 0 ? -x[i] : x[i];
+    result = a > result ? a : result;
+  }
+  return result;
+}
+
+void scale(const float* x, const float* weight, float factor, int64_t n, float* y) {
+  int64_t i = 0;
+  if (weight != nullptr) {
+    for (; i + kLanes <= n; i += kLanes) store(y + i, load(weight + i) * (load(x + i) * factor));
+    for (; i < n; ++i) y[i] = weight[i] * (x[i] * factor);
+  } else {
+    for (; i + kLanes <= n; i += kLanes) store(y + i, load(x + i) * factor);
+    for (; i < n; ++i) y[i] = x[i] * factor;
+  }
+}
+
+void combine(const float* const* x, const float* coeff, int num_terms, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Lanes sum{};
+    for (int j = 0; j < num_terms; ++j) sum += load(x[j] + i) * coeff[j];
+    store(y + i, sum);
+  }
+  for (; i < n; ++i) {
+    float sum = 0;
+    for (int j = 0; j < num_terms; ++j) sum += x[j][i] * coeff[j];
+    y[i] = sum;
+  }
+}
+
+// kHeads x kRows dot products at once: each q and row vector is loaded once per kRows or kHeads multiply-adds.
+template <int kHeads, int kRows>
+inline void score_tile(const float* q, int64_t dim, const float* const* rows, float scale, float* scores, int64_t stride) {
+  Lanes sum[kHeads][kRows] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) {
+    Lanes row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = load(rows[r] + i);
+    for (int h = 0; h < kHeads; ++h) {
+      const Lanes head = load(q + h * dim + i);
+      for (int r = 0; r < kRows; ++r) sum[h][r] += head * row[r];
+    }
+  }
+  for (int h = 0; h < kHeads; ++h)
+    for (int r = 0; r < kRows; ++r) {
+      float total = fold_sum(sum[h][r]);
+      for (int64_t k = i; k < dim; ++k) total += q[h * dim + k] * rows[r][k];
+      scores[h * stride + r] = scale * total;
+    }
+}
+
+template <int kHeads>
+void score_heads(const float* q, int64_t dim, const float* const* rows, int64_t num_rows, float scale, float* scores,
+                 int64_t stride) {
+  int64_t r = 0;
+  for (; r + 3 <= num_rows; r += 3) score_tile<kHeads, 3>(q, dim, rows + r, scale, scores + r, stride);
+  for (; r < num_rows; ++r) score_tile<kHeads, 1>(q, dim, rows + r, scale, scores + r, stride);
+}
+
+void attend_scores(const float* q, int num_heads, int64_t dim, const float* const* rows, int64_t num_rows, float scale,
+                   float* scores, int64_t stride) {
+  int h = 0;
+  for (; h + 4 <= num_heads; h += 4) score_heads<4>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
+  for (; h + 2 <= num_heads; h += 2) score_heads<2>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
+  for (; h < num_heads; ++h) score_heads<1>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
+}
+
+// kHeads outputs over kCols vectors of channels, summed over all rows in order.
+template <int kHeads, int kCols>
+inline void value_tile(const float* p, int64_t p_stride, int64_t dim, const float* const* rows, int64_t num_rows,
+                       int64_t channel, float* out) {
+  Lanes sum[kHeads][kCols] = {};
+  for (int64_t r = 0; r < num_rows; ++r) {
+    Lanes row[kCols];
+    for (int c = 0; c < kCols; ++c) row[c] = load(rows[r] + channel + c * kLanes);
+    for (int h = 0; h < kHeads; ++h) {
+      const float weight = p[h * p_stride + r];
+      for (int c = 0; c < kCols; ++c) sum[h][c] += row[c] * weight;
+    }
+  }
+  for (int h = 0; h < kHeads; ++h)
+    for (int c = 0; c < kCols; ++c) store(out + h * dim + channel + c * kLanes, sum[h][c]);
+}
+
+template <int kHeads>
+void value_heads(const float* p, int64_t p_stride, int64_t dim, const float* const* rows, int64_t num_rows, float* out) {
+  int64_t i = 0;
+  constexpr int kCols = kHeads >= 4 ? 3 : 4;
+  for (; i + kCols * kLanes <= dim; i += kCols * kLanes) value_tile<kHeads, kCols>(p, p_stride, dim, rows, num_rows, i, out);
+  for (; i + kLanes <= dim; i += kLanes) value_tile<kHeads, 1>(p, p_stride, dim, rows, num_rows, i, out);
+  for (; i < dim; ++i)
+    for (int h = 0; h < kHeads; ++h) {
+      float sum = 0;
+      for (int64_t r = 0; r < num_rows; ++r) sum += p[h * p_stride + r] * rows[r][i];
+      out[h * dim + i] = sum;
+    }
+}
+
+void attend_values(const float* p, int64_t p_stride, int num_heads, int64_t dim, const float* const* rows, int64_t num_rows,
+                   float* out) {
+  int h = 0;
+  for (; h + 4 <= num_heads; h += 4) value_heads<4>(p + h * p_stride, p_stride, dim, rows, num_rows, out + h * dim);
+  for (; h + 2 <= num_heads; h += 2) value_heads<2>(p + h * p_stride, p_stride, dim, rows, num_rows, out + h * dim);
+  for (; h < num_heads; ++h) value_heads<1>(p + h * p_stride, p_stride, dim, rows, num_rows, out + h * dim);
+}
+
+float exp_sum(float* x, int64_t n, float max) {
+  Lanes sum{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Lanes e = exp_lanes(load(x + i) - max);
+    store(x + i, e);
+    sum += e;
+  }
+  float total = fold_sum(sum);
+  if (i < n) {
+    float tail[kLanes];
+    for (int j = 0; j < kLanes; ++j) tail[j] = i + j < n ? x[i + j] : -std::numeric_limits<float>::infinity();
+    const Lanes e = exp_lanes(load(tail) - max);
+    store(tail, e);
+    for (int j = 0; i + j < n; ++j) {
+      x[i + j] = tail[j];
+      total += tail[j];
+    }
+  }
+  return total;
+}
+
+inline void pool_lanes(const float* const* value, const float* const* gate, int num_slots, int64_t c, float* out) {
+  Lanes max = splat(-std::numeric_limits<float>::infinity());
+  for (int s = 0; s < num_slots; ++s) max = maximum(load(gate[s] + c), max);
+  Lanes sum{}, weighted{};
+  for (int s = 0; s < num_slots; ++s) {
+    const Lanes e = exp_lanes(load(gate[s] + c) - max);
+    sum += e;
+    weighted += e * load(value[s] + c);
+  }
+  store(out, weighted / sum);
+}
+
+void softmax_pool(const float* const* value, const float* const* gate, int num_slots, int64_t n, float* out) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) pool_lanes(value, gate, num_slots, c, out + c);
+  if (c < n && n >= kLanes) {  // overlapping last block: channels are independent
+    float tail[kLanes];
+    pool_lanes(value, gate, num_slots, n - kLanes, tail);
+    std::memcpy(out + n - kLanes, tail, sizeof(tail));
+  } else {
+    for (; c < n; ++c) {
+      float max = -std::numeric_limits<float>::infinity();
+      for (int s = 0; s < num_slots; ++s) max = gate[s][c] > max ? gate[s][c] : max;
+      float sum = 0, weighted = 0;
+      for (int s = 0; s < num_slots; ++s) {
+        const float e = exp_lanes(splat(gate[s][c] - max))[0];
+        sum += e;
+        weighted += e * value[s][c];
+      }
+      out[c] = weighted / sum;
+    }
+  }
+}
+
+float relu_score(const float* q, const float* weight, int num_heads, const float* key, int64_t dim) {
+  float sum = 0;
+  int h = 0;
+  float products[8];
+  for (; h < num_heads; h += 8) {
+    const int count = num_heads - h < 8 ? num_heads - h : 8;
+    dot_rows(key, q + h * dim, dim, count, dim, products);
+    for (int j = 0; j < count; ++j) sum += weight[h + j] * (products[j] > 0 ? products[j] : 0.0f);
+  }
+  return sum;
+}
+
+void decode_bf16(const uint16_t* x, int64_t n, float* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const HalfLanes half = *reinterpret_cast<const HalfLanes*>(x + i);
+    store(y + i, (Lanes)(__builtin_convertvector(half, UintLanes) << 16));
+  }
+  for (; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+    std::memcpy(y + i, &bits, 4);
+  }
+}
+
+inline UintLanes round_bits(UintLanes u) {
+  const UintLanes rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+  const UintLanes quiet = (u | 0x00400000u) & 0xffff0000u;
+  return (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+void round_bf16(float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, (Lanes)round_bits((UintLanes)load(x + i)));
+  for (; i < n; ++i) {
+    float block[kLanes] = {x[i]};
+    store(block, (Lanes)round_bits((UintLanes)load(block)));
+    x[i] = block[0];
+  }
+}
+
+}  // namespace
+
+extern const VecKernels kTable{dot,           dot_rows, sum_squares,  max_abs,    scale,       combine,  attend_scores,
+                               attend_values, exp_sum,  softmax_pool, relu_score, decode_bf16, round_bf16};
+
+}  // namespace dsv4::DSV4_VEC_NAMESPACE
