@@ -10,9 +10,9 @@
 #include <string_view>
 #include <vector>
 
-namespace dsv4 {
+#include "text/token_id.h"
 
-using TokenId = int32_t;
+namespace dsv4 {
 
 class Tokenizer {
  public:
@@ -26,7 +26,7 @@ class Tokenizer {
   int64_t vocab_size() const;  // largest id + 1, added tokens included
 
   // Text may be any bytes; invalid UTF-8 is encoded byte by byte and decodes to the same bytes. No BOS is added.
-  // parse_special = false: added special tokens inside the text are treated as ordinary text (untrusted content).
+  // parse_special = false: no added token is recognised, special or not; the text is ordinary text (untrusted content).
   std::vector<TokenId> encode(std::string_view text, bool parse_special = true) const;
 
   // Raw bytes of the tokens; not necessarily whole UTF-8 characters. Unknown ids throw.
