@@ -9,9 +9,11 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "checkpoint/config.h"
+#include "checkpoint/problems.h"
 #include "checkpoint/safetensors.h"
 
 namespace dsv4 {
@@ -20,11 +22,12 @@ namespace dsv4 {
 enum class StoredFormat : uint8_t {
   kF32,
   kBf16,
-  kFp8Block,            // X.weight F8_E4M3 + X.scale (F8_E8M0 or F32) or X.weight_scale / weight_scale_inv (BF16 or F32)
+  kFp8Block,            // X.weight F8_E4M3 + X.scale, X.weight_scale or X.weight_scale_inv (F8_E8M0, F32 or BF16), 128x128
   kMxfp4,               // X.weight I8 + X.scale F8_E8M0 [rows, cols/32]
   kNvfp4ModelOpt,       // X.weight U8 + X.weight_scale F8_E4M3 + X.weight_scale_2 F32 (+ X.input_scale F32)
   kNvfp4Compressed,     // X.weight_packed U8 + X.weight_scale F8_E4M3 + X.weight_global_scale F32 (+ X.input_global_scale)
 };
+constexpr int kNumStoredFormats = 6;
 std::string_view stored_format_name(StoredFormat format);
 
 // A logical matrix with the tensors it is made of; which are set depends on format. Views point into the map.
@@ -50,20 +53,35 @@ class Checkpoint {
   const TensorView* find(std::string_view name) const;
   // Throws bad input naming the folder and tensor if absent.
   const TensorView& at(std::string_view name) const;
-  // "layers.0.attn.wq_a" -> its stored form. Throws if absent or inconsistent.
+  // The file that holds it, for messages; the folder if absent.
+  const std::string& file_of(std::string_view name) const;
+  // "layers.0.attn.wq_a" -> its stored form. Throws if absent or inconsistent. The scale bytes are not read: loaders call
+  // validate_scales (checkpoint/stored_matrix.h).
   StoredMatrix matrix(std::string_view name_without_weight) const;
 
  private:
-  friend Checkpoint open_checkpoint(const std::string& folder);
-  friend class CheckpointInspector;
+  friend class CheckpointReader;
+  struct Located {
+    const TensorView* tensor;
+    const SafetensorsFile* file;
+  };
   std::string folder_;
   ModelConfig config_;
   Json config_json_;
   GenerationDefaults generation_;
   std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  std::unordered_map<std::string_view, Located> by_name_;  // keys point into files_
 };
 
 // Throws one bad-input error that lists every problem found.
 Checkpoint open_checkpoint(const std::string& folder);
+
+// What could be read of a folder that may be broken. Empty problems: checkpoint is what open_checkpoint returns.
+struct CheckpointAttempt {
+  Checkpoint checkpoint;
+  bool has_config = false;  // checkpoint.config() is valid
+  ProblemList problems;
+};
+CheckpointAttempt try_open_checkpoint(const std::string& folder);
 
 }  // namespace dsv4
