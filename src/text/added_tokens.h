@@ -28,7 +28,9 @@ class AddedTokenTrie {
   bool find(std::string_view text, size_t from, Match& match) const;
 
  private:
-  static uint64_t edge(uint32_t node, char byte) { return static_cast<uint64_t>(node) << 8 | static_cast<uint8_t>(byte); }
+  static uint64_t edge(uint32_t node, char byte) {
+    return static_cast<uint64_t>(node) << 8 | static_cast<uint8_t>(byte);
+  }
 
   uint32_t num_nodes_ = 1;
   std::unordered_map<uint64_t, uint32_t> children_;  // (node, byte) -> node

@@ -57,7 +57,8 @@ void Bpe::rank_pair(Scratch& scratch, int32_t index) const {
 }
 
 void Bpe::encode(std::string_view piece, Scratch& scratch, std::vector<TokenId>& out) const {
-  DSV4_CHECK(piece.size() <= static_cast<size_t>(std::numeric_limits<int32_t>::max()), "piece of {} bytes", piece.size());
+  DSV4_CHECK(piece.size() <= static_cast<size_t>(std::numeric_limits<int32_t>::max()), "piece of {} bytes",
+             piece.size());
   const auto count = static_cast<int32_t>(piece.size());
   if (count == 0) return;
   auto& symbols = scratch.symbols;

@@ -24,7 +24,8 @@ std::optional<std::string> ByteAlphabet::bytes_of(std::string_view token) const 
     const Utf8Unit unit = read_utf8(token.substr(at));
     if (unit.kind != Utf8Kind::kValid || unit.length > 2) return std::nullopt;
     const auto first = static_cast<uint8_t>(token[at]);
-    const int code_point = unit.length == 1 ? first : (first & 0x1F) << 6 | (static_cast<uint8_t>(token[at + 1]) & 0x3F);
+    const int code_point =
+        unit.length == 1 ? first : (first & 0x1F) << 6 | (static_cast<uint8_t>(token[at + 1]) & 0x3F);
     if (code_point >= kNumCodePoints || byte_of_code_point_[code_point] < 0) return std::nullopt;
     bytes.push_back(static_cast<char>(byte_of_code_point_[code_point]));
     at += static_cast<size_t>(unit.length);

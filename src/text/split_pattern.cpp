@@ -82,13 +82,18 @@ class PatternTranslator {
         copy(close + 1 - at_);
         return;
       }
-      case 's': return replace(2, "\\p{White_Space}");
-      case 'S': return replace(2, "\\P{White_Space}");
-      case 'd': return replace(2, "\\p{Nd}");
-      case 'D': return replace(2, "\\P{Nd}");
+      case 's':
+        return replace(2, "\\p{White_Space}");
+      case 'S':
+        return replace(2, "\\P{White_Space}");
+      case 'd':
+        return replace(2, "\\p{Nd}");
+      case 'D':
+        return replace(2, "\\P{Nd}");
       case 'r':
       case 'n':
-      case 't': return copy(2);
+      case 't':
+        return copy(2);
       case 'u': {
         for (size_t i = 2; i < 6; ++i)
           if (!is_hex(peek(i))) refuse(6);
@@ -228,16 +233,19 @@ SplitPattern::Matcher& SplitPattern::Matcher::operator=(Matcher&&) noexcept = de
 
 bool SplitPattern::Matcher::find(std::string_view text, size_t from, TextRange& match) {
   // The text was validated once by the caller; PCRE2 would do it again for every match.
-  const int count = pcre2_match(impl_->pattern->code.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from,
-                                PCRE2_NO_UTF_CHECK, impl_->data.get(), impl_->context.get());
+  const int count = pcre2_match(impl_->pattern->code.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
+                                from, PCRE2_NO_UTF_CHECK, impl_->data.get(), impl_->context.get());
   if (count == PCRE2_ERROR_NOMATCH) return false;
   if (count < 0)
     throw_bad_input("{}: split pattern \"{}\" fails on a text of {} bytes: {}", impl_->pattern->where,
                     impl_->pattern->pattern, text.size(), pcre2_message(count));
   const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(impl_->data.get());
   match = {bounds[0], bounds[1]};
-  DSV4_CHECK(match.begin >= from && match.end > match.begin && match.end <= text.size(), "match [{}, {}) from {} in {}",
-             match.begin, match.end, from, text.size());
+  DSV4_CHECK(match.begin >= from && match.end >= match.begin && match.end <= text.size(),
+             "match [{}, {}) from {} in {}", match.begin, match.end, from, text.size());
+  // The length PCRE2 computes at compile time overlooks some look-arounds.
+  if (match.end == match.begin)
+    throw_bad_input("{}: split pattern \"{}\" can match nothing", impl_->pattern->where, impl_->pattern->pattern);
   return true;
 }
 

@@ -135,11 +135,16 @@ Tokenizer Tokenizer::parse(std::string_view json_text, const std::string& source
   }
   impl->bpe = Bpe(byte_ids, json.merges);
   for (const AddedToken& token : json.added_tokens) {
+    const std::string as_bytes = alphabet.bytes_of(token.content).value_or(token.content);
+    if (as_bytes != token.content && impl->ids.contains(token.content))
+      throw_bad_input("{}: added token {} \"{}\" is also the byte-level form of other bytes in model.vocab", source,
+                      token.id, token.content);
     impl->add_token(token.id, token.content, token.content, token.special);
     (token.normalized ? impl->added_second : impl->added_first).add(token.content, token.id);
   }
   for (size_t i = 0; i < json.split_patterns.size(); ++i)
-    impl->patterns.emplace_back(json.split_patterns[i], fmt::format("{}: pre_tokenizer.pretokenizers[{}].pattern.Regex", source, i));
+    impl->patterns.emplace_back(json.split_patterns[i],
+                                fmt::format("{}: pre_tokenizer.pretokenizers[{}].pattern.Regex", source, i));
   return Tokenizer(std::move(impl));
 }
 

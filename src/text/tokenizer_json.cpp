@@ -110,7 +110,8 @@ class TokenizerJsonReader {
   // post_processor, truncation and padding are not read: they describe what Hugging Face's library adds around a text;
   // here the caller adds BOS.
   TokenizerJson run() {
-    if (!root_.value().is_object()) throw_bad_input("{}: expected a JSON object, found {}", source_, quoted(root_.value()));
+    if (!root_.value().is_object())
+      throw_bad_input("{}: expected a JSON object, found {}", source_, quoted(root_.value()));
     root_.at("version").require_string("1.0");
     check_normalizer();
     read_pre_tokenizer();
@@ -125,7 +126,8 @@ class TokenizerJsonReader {
     const Node normalizer = root_.get("normalizer");
     if (normalizer.is_null()) return;
     normalizer.require_object();
-    const bool empty_sequence = normalizer.get("type").value() == "Sequence" && normalizer.get("normalizers").value() == Json::array();
+    const bool empty_sequence =
+        normalizer.get("type").value() == "Sequence" && normalizer.get("normalizers").value() == Json::array();
     if (!empty_sequence) normalizer.fail("null or an empty Sequence (normalisers are not supported)");
   }
 
@@ -137,7 +139,8 @@ class TokenizerJsonReader {
     const Node steps = pre_tokenizer.at("pretokenizers");
     steps.require_array();
     if (steps.size() == 0 || steps.size() > kMaxSplitPatterns + 1)
-      throw_bad_input("{}: {}: expected 1 to {} entries, found {}", source_, steps.path(), kMaxSplitPatterns + 1, steps.size());
+      throw_bad_input("{}: {}: expected 1 to {} entries, found {}", source_, steps.path(), kMaxSplitPatterns + 1,
+                      steps.size());
     for (size_t i = 0; i + 1 < steps.size(); ++i) {
       const Node step = steps.at(i);
       step.at("type").require_string("Split");
@@ -177,8 +180,8 @@ class TokenizerJsonReader {
     id_of_.reserve(vocab.size());
     for (const auto& [content, value] : vocab.value().items()) {
       if (content.empty() || content.size() > kMaxTokenBytes)
-        throw_bad_input("{}: {}: expected tokens of 1 to {} bytes, found one of {}", source_, vocab.path(), kMaxTokenBytes,
-                        content.size());
+        throw_bad_input("{}: {}: expected tokens of 1 to {} bytes, found one of {}", source_, vocab.path(),
+                        kMaxTokenBytes, content.size());
       const TokenId id = Node(value, fmt::format("{}[\"{}\"]", vocab.path(), content), source_).token_id();
       claim_id(id, content);
       id_of_.emplace(content, id);
@@ -200,7 +203,8 @@ class TokenizerJsonReader {
     for (size_t i = 0; i < merges.size(); ++i) {
       const auto [left, right] = merge_parts(merges.at(i));
       BpeMerge merge{};
-      for (const auto& [part, id] : {std::pair{left, &merge.left}, {right, &merge.right}, {left + right, &merge.product}}) {
+      for (const auto& [part, id] :
+           {std::pair{left, &merge.left}, {right, &merge.right}, {left + right, &merge.product}}) {
         const auto found = id_of_.find(part);
         if (found == id_of_.end())
           throw_bad_input("{}: {}[{}]: \"{}\" + \"{}\" needs the token \"{}\", which model.vocab lacks", source_,
@@ -208,7 +212,8 @@ class TokenizerJsonReader {
         *id = found->second;
       }
       if (!seen.insert(static_cast<uint64_t>(merge.left) << 32 | static_cast<uint64_t>(merge.right)).second)
-        throw_bad_input("{}: {}[{}]: the pair \"{}\" + \"{}\" was merged before", source_, merges.path(), i, left, right);
+        throw_bad_input("{}: {}[{}]: the pair \"{}\" + \"{}\" was merged before", source_, merges.path(), i, left,
+                        right);
       out_.merges.push_back(merge);
     }
   }

@@ -24,7 +24,7 @@ struct AddedToken {
 struct TokenizerJson {
   std::vector<std::pair<std::string, TokenId>> vocab;  // content as in the file; contents and ids distinct
   std::vector<BpeMerge> merges;                        // by rank; pairs distinct
-  std::vector<AddedToken> added_tokens;  // contents and ids distinct; one that vocab has too has the same id there
+  std::vector<AddedToken> added_tokens;     // contents and ids distinct; one that vocab has too has the same id there
   std::vector<std::string> split_patterns;  // in order of application
 };
 
