@@ -36,6 +36,7 @@ class SafetensorsFile {
   explicit SafetensorsFile(const std::string& path);
 
   const std::string& path() const { return map_.path(); }
+  std::span<const std::byte> mapped_bytes() const { return map_.bytes(); }
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
   const TensorView* find(std::string_view name) const;
   // Throws bad input naming the file if absent.

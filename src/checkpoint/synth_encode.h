@@ -1,0 +1,67 @@
+// What a synthetic checkpoint stores for one logical tensor, and the bytes of it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "base/threads.h"
+#include "checkpoint/inventory.h"
+#include "checkpoint/safetensors.h"
+#include "checkpoint/synth.h"
+#include "checkpoint/synth_values.h"
+#include "codec/fp8_block.h"
+#include "codec/nvfp4.h"
+
+namespace dsv4 {
+
+enum class SynthPartKind : uint8_t {
+  kBf16, kF32, kExpertTable, kFp8Codes, kFp8Scales, kMxfp4Codes, kMxfp4Scales, kNvfp4Codes, kNvfp4Scales,
+  kGlobalScale, kGlobalScaleRcp, kInputScale, kInputScaleRcp,
+};
+
+// One tensor of a file.
+struct SynthPart {
+  TensorSpec spec;
+  SynthPartKind kind;
+  const LogicalTensor* tensor;
+
+  int64_t rows() const { return spec.shape.size() == 2 ? spec.shape[0] : 1; }
+  int64_t cols() const { return spec.shape.empty() ? 1 : spec.shape.back(); }
+  int64_t row_bytes() const { return cols() * dtype_bytes(spec.dtype); }
+  int64_t bytes() const { return rows() * row_bytes(); }
+  // Rows that are made together: a tile row of an FP8 matrix shares its scales.
+  int64_t rows_per_unit() const { return kind == SynthPartKind::kFp8Codes ? kFp8WeightBlock : 1; }
+};
+
+std::vector<SynthPart> list_synth_parts(const LogicalTensor& tensor, SynthVariant variant);
+
+// Not shared between writers: holds scratch per thread and the global scales found so far.
+class SynthEncoder {
+ public:
+  SynthEncoder(const ModelConfig& config, const SynthOptions& options);
+
+  // Calls sink(data, bytes) for consecutive pieces of the part.
+  void encode(const SynthPart& part, const std::function<void(const void*, uint64_t)>& sink);
+
+ private:
+  float amax_of(const LogicalTensor& tensor);
+  GlobalScale global_scale(const LogicalTensor& tensor);
+  float input_scale(const LogicalTensor& tensor) const;
+  void encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit, std::byte* out,
+                   std::vector<float>& values) const;
+  void encode_fp8_tiles(SynthPartKind kind, const SynthSource& source, int64_t tile_row, uint8_t* out,
+                        std::vector<float>& values) const;
+
+  const ModelConfig& config_;
+  SynthVariant variant_;
+  uint64_t seed_;
+  ThreadPool pool_;
+  std::vector<std::vector<float>> scratch_;  // [num_threads]
+  std::vector<std::byte> chunk_;
+  std::unordered_map<std::string, GlobalScale> globals_;
+};
+
+}  // namespace dsv4
