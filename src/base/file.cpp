@@ -33,7 +33,7 @@ class FileDescriptor {
 [[noreturn]] void throw_errno(const std::string& path, const char* action) {
   const int code = errno;
   // Missing or malformed is the user's input; no space or no permission is a missing resource.
-  const bool resource = code == ENOSPC || code == EDQUOT || code == EACCES || code == EPERM || code == EROFS ||
+  const bool resource = code == ENOSPC || code == EDQUOT || code == EFBIG || code == EACCES || code == EPERM || code == EROFS ||
                         code == ENOMEM || code == EMFILE || code == ENFILE || code == EIO;
   throw Error(resource ? ErrorKind::kResourceMissing : ErrorKind::kBadInput,
               fmt::format("{}: cannot {}: {}", path, action, std::strerror(code)));

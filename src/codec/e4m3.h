@@ -28,8 +28,7 @@ DSV4_HD constexpr uint8_t encode_e4m3(float x) {
   }
   // Normal: round the 23-bit mantissa to 3 bits in place (carries into the exponent as it should), then rebias 127 -> 7.
   const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
-  const uint32_t code = (rounded >> 20) - (120u << 3);
-  return static_cast<uint8_t>(sign | (code > 0x7eu ? 0x7eu : code));
+  return static_cast<uint8_t>(sign | ((rounded >> 20) - (120u << 3)));  // below 448: never more than 0x7e
 }
 
 DSV4_HD constexpr float decode_e4m3(uint8_t code) {

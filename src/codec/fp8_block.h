@@ -20,7 +20,8 @@ constexpr int kFp8WeightBlock = 128;  // both dimensions
 constexpr int kFp8KvBlock = 64;
 constexpr int kFp4IndexBlock = 32;
 
-// ue8m0 byte of the scale for a block with this amax.
+// ue8m0 byte of the scale for a block with this amax. A NaN amax counts as the floor; an infinite one has no scale
+// (byte 0xff, NaN), so the block decodes to NaN.
 DSV4_HD constexpr uint8_t fp8_block_scale(float amax) {
   const float floored = amax > 1e-4f ? amax : 1e-4f;
   return static_cast<uint8_t>(ceil_log2(floored * (1.0f / 448.0f)) + 127);

@@ -7,9 +7,14 @@
 // bits, so also in BF16 and FP16); then one rounded multiplication by global; then one rounding to the output type.
 //
 // Two encoding rules, both binary32, each operation rounded once, no fused multiply-add:
-//   weight rule    (ModelOpt export)  sf = e4m3(max(amax16 / (6 g), 2^-9)), all-zero group: 1;  q = e2m1(w / (sf g))
+//   weight rule    (ModelOpt export)  sf = e4m3(max(amax16 / (6 g), 2^-9)), all-zero group: 1;  q = e2m1(w / (sf g)),
+//                                     but code 0 for w == -0 (a small negative that rounds to zero keeps its sign)
 //   run-time rule  (activations, KV)  sf = e4m3(amax16 * (1/(6 g))), may be 0;                  q = e2m1(x * (1/(sf g)))
 // Compile with -ffp-contract=off (nvcc: --fmad=false): a contraction changes bytes.
+//
+// NaN and infinity are no input of the weight rule: whoever quantises a tensor refuses them first (checkpoint/quantize).
+// The run-time rule is total. NaN: ignored by amax, encoded as +6. Infinity: sf = 448 under a finite global, so the element
+// becomes the largest code; under a global taken from the infinite row itself sf is NaN and the row decodes to NaN.
 #pragma once
 
 #include <cstdint>
@@ -60,12 +65,18 @@ DSV4_HD constexpr uint8_t nvfp4_weight_sf(float amax16, GlobalScale global) {
   return encode_ue4m3(sf < kE4m3MinSubnormal ? kE4m3MinSubnormal : sf);
 }
 
+// divisor = sf * global, rounded.
+DSV4_HD constexpr uint8_t encode_nvfp4_weight_element(float w, float divisor) {
+  return w == 0.0f ? 0 : encode_e2m1(w / divisor);
+}
+
 DSV4_HD constexpr Nvfp4Group encode_nvfp4_weight_group(const float* w, GlobalScale global) {
   Nvfp4Group group{};
   group.sf = nvfp4_weight_sf(group_amax(w, kNvfp4GroupSize), global);
   const float divisor = decode_ue4m3(group.sf) * global.value;
   for (int j = 0; j < kNvfp4GroupSize / 2; ++j)
-    group.codes[j] = pack_e2m1x2(encode_e2m1(w[2 * j] / divisor), encode_e2m1(w[2 * j + 1] / divisor));
+    group.codes[j] = pack_e2m1x2(encode_nvfp4_weight_element(w[2 * j], divisor),
+                                 encode_nvfp4_weight_element(w[2 * j + 1], divisor));
   return group;
 }
 
