@@ -67,8 +67,7 @@ void decode_e2m1_group(const uint8_t* codes, int n, float scale, float* y) {
   }
 }
 
-constexpr int kFp8ScalePadding = 8;
-constexpr int kNvfp4ScalePadding = 4;
+constexpr int kScalePadding = 8;  // bytes: 7 -> 8 (fp8) and 28 -> 32 (nvfp4) at head_dim 512
 
 // Byte offsets inside a row.
 struct RowOffsets {
@@ -82,10 +81,10 @@ RowOffsets row_offsets(const KvRowLayout& layout) {
     case KvFormat::kF32: return {4 * nope, 0, 4 * layout.head_dim};
     case KvFormat::kBf16: return {2 * nope, 0, 2 * layout.head_dim};
     case KvFormat::kFp8:
-      return {nope, nope + rope_bytes, nope + rope_bytes + round_up(ceil_div(nope, kFp8KvBlock), kFp8ScalePadding)};
+      return {nope, nope + rope_bytes, nope + rope_bytes + round_up(ceil_div(nope, kFp8KvBlock), kScalePadding)};
     case KvFormat::kNvfp4:
       return {nope / 2, nope / 2 + rope_bytes,
-              nope / 2 + rope_bytes + round_up(nope / kNvfp4GroupSize, kNvfp4ScalePadding)};
+              nope / 2 + rope_bytes + round_up(nope / kNvfp4GroupSize, kScalePadding)};
   }
   return {};
 }

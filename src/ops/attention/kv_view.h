@@ -4,7 +4,7 @@
 //   f32   2048 B  binary32                                             --exact
 //   bf16  1024 B  bf16
 //   fp8    584 B  nope e4m3, then rope bf16, then one ue8m0 per 64 nope channels, padded to 8 (FlashMLA MODEL1 content)
-//   nvfp4  384 B  nope e2m1x2, then rope bf16, then one ue4m3 per 16 nope channels, padded to 4; global scale 1
+//   nvfp4  384 B  nope e2m1x2, then rope bf16, then one ue4m3 per 16 nope channels, padded to 8; global scale 1
 // On the CPU a row is contiguous; the page-wise split of values and scales of the GPU formats is private to that backend.
 #pragma once
 
