@@ -3,6 +3,7 @@
 
 #include "base/check.h"
 #include "ops/gemm/gemm_backends.h"
+#include "ops/gemm/panel.h"
 
 namespace dsv4 {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 using GemmFunction = void (*)(const GemmArgs&, const CpuContext&);
 
 // Indexed by CpuIsa.
-constexpr GemmFunction kGemmByIsa[] = {gemm_reference, gemm_reference, gemm_reference, gemm_reference};
+constexpr GemmFunction kGemmByIsa[] = {gemm_reference, gemm_simd, gemm_simd, gemm_simd};
 
 void check_args(const GemmArgs& args) {
   DSV4_CHECK(args.w != nullptr, "gemm without a weight");
@@ -32,8 +33,20 @@ void check_args(const GemmArgs& args) {
 
 }  // namespace
 
+const PanelKernels* panel_kernels(CpuIsa isa) {
+  switch (isa) {
+    case CpuIsa::kReference: return nullptr;
+    case CpuIsa::kAvx2: return &panel_kernels_avx2();
+    case CpuIsa::kAvx512:
+    case CpuIsa::kAmx: return &panel_kernels_avx512();
+  }
+  return nullptr;
+}
+
 void gemm(const GemmArgs& args, const CpuContext& context) {
   check_args(args);
+  DSV4_CHECK(context.isa <= best_cpu_isa(), "instruction set {} is not supported by this machine ({})",
+             cpu_isa_name(context.isa), cpu_isa_name(best_cpu_isa()));
   if (args.num_tokens == 0 || args.w->view.rows == 0) return;
   kGemmByIsa[static_cast<int>(context.isa)](args, context);
 }

@@ -1,8 +1,9 @@
 // gemm: y[t, n] = sum_k x[t, k] * W[n, k], W in any WeightFormat.
 //
 // Numerics: x is binary32 (bf16-representable unless the run is exact). Products and sums in binary32, the order is the
-// implementation's own but depends on neither num_tokens nor the number of threads; NVFP4: sum of x * (e2m1 * sf), then one
-// multiplication by global; FP8 block: partial sums per 128 columns times the block scale. The reference sums in double.
+// implementation's own (panel.h) but depends on neither num_tokens nor the number of threads; NVFP4: e2m1 * sf sums, then
+// one multiplication by global; FP8 block: partial sums per 128 columns times the block scale. The reference sums in double.
+// NaN scale factors and FP8 NaN codes are no valid weights: the result is then unspecified (the loader refuses them).
 // round_output: each y is rounded to bf16 once, at the end (the model's linears outside exact mode).
 #pragma once
 
@@ -21,6 +22,7 @@ struct GemmArgs {
   int64_t x_stride;      // elements, >= w.cols
   int64_t y_stride;      // elements, >= w.rows
   bool round_output;     // to bf16
+  bool x_is_bf16 = false;  // every x is a bf16 value: kernels with bf16 products may be used (they would round otherwise)
 };
 
 void gemm(const GemmArgs& args, const CpuContext& context);

@@ -1,0 +1,131 @@
+// Row-wise activation steps of the AVX2 and AVX-512 panel kernels: run-time NVFP4 quantiser, SwiGLU, rounding, adding.
+// Included inside the unnamed namespace of an instruction set's file; 256-bit in both (these rows are a small share).
+
+inline __m256 abs_ps(__m256 v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+
+inline float max_lane(__m256 v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Doubled e2m1 of eight values; thresholds and ties of codec/e2m1.h, NaN -> +12.
+inline __m256i encode_doubled(__m256 v) {
+  const __m256 a = abs_ps(v);
+  const auto above = [&](float threshold, int step) {  // a > threshold, or NaN
+    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLE_UQ)), _mm256_set1_epi32(step));
+  };
+  const auto from = [&](float threshold, int step) {  // a >= threshold, or NaN
+    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLT_UQ)), _mm256_set1_epi32(step));
+  };
+  __m256i magnitude = _mm256_add_epi32(above(0.25f, 1), from(0.75f, 1));
+  magnitude = _mm256_add_epi32(magnitude, _mm256_add_epi32(above(1.25f, 1), from(1.75f, 1)));
+  magnitude = _mm256_add_epi32(magnitude, _mm256_add_epi32(above(2.5f, 2), from(3.5f, 2)));
+  magnitude = _mm256_add_epi32(magnitude, above(5.0f, 4));
+  const __m256 ordered = _mm256_cmp_ps(v, v, _CMP_ORD_Q);
+  const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(_mm256_and_ps(v, ordered)), 31);
+  return _mm256_sub_epi32(_mm256_xor_si256(magnitude, sign), sign);
+}
+
+inline int32_t sum_lanes(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
+
+// One row under the run-time rule of codec/nvfp4.h, laid out as panel.h says. max(a, amax) keeps amax when a is NaN.
+void quantize_act_row(const float* x, int64_t cols, std::byte* row) {
+  const int64_t padded = panel_padded_cols(cols);
+  __m256 amax8 = _mm256_setzero_ps();
+  for (int64_t k = 0; k < cols; k += 8) amax8 = _mm256_max_ps(abs_ps(_mm256_loadu_ps(x + k)), amax8);
+  const GlobalScale global = nvfp4_global_scale(max_lane(amax8));
+  const float rcp6 = nvfp4_rcp6(global);
+
+  int32_t* codes = reinterpret_cast<int32_t*>(row);
+  int32_t* corrections = reinterpret_cast<int32_t*>(row + padded);
+  float* sf256 = reinterpret_cast<float*>(corrections + padded / 16);
+  sf256[padded / 16] = global.value;
+  const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  for (int64_t g = 0; g < padded / 16; ++g) {
+    if (g * 16 >= cols) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * 4), _mm_setzero_si128());
+      corrections[g] = 0;
+      sf256[g] = 0.0f;
+      continue;
+    }
+    const __m256 a = _mm256_loadu_ps(x + g * 16);
+    const __m256 b = _mm256_loadu_ps(x + g * 16 + 8);
+    const float amax = max_lane(_mm256_max_ps(abs_ps(b), _mm256_max_ps(abs_ps(a), _mm256_setzero_ps())));
+    const uint8_t sf = nvfp4_runtime_sf(amax, rcp6);
+    const __m256 multiplier = _mm256_set1_ps(nvfp4_runtime_multiplier(sf, global));
+    const __m256i qa = encode_doubled(_mm256_mul_ps(a, multiplier));
+    const __m256i qb = encode_doubled(_mm256_mul_ps(b, multiplier));
+    corrections[g] = -12 * sum_lanes(_mm256_add_epi32(qa, qb));
+    sf256[g] = decode_ue4m3(sf) * 256.0f;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(qa, qb), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * 4), _mm_shuffle_epi8(bytes, order));
+  }
+}
+
+// bf16 rounding of eight values, ties to even, NaN kept; the value stays in binary32.
+inline __m256 round_bf16_ps(__m256 v) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  const __m256i rounded = _mm256_and_si256(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), upper);
+  const __m256i nan = _mm256_and_si256(_mm256_or_si256(u, _mm256_set1_epi32(0x00400000)), upper);
+  const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(nan), is_nan);
+}
+
+// swiglu.h, operation by operation. min(limit, g) and max(-limit, u) keep a NaN in the second operand.
+inline __m256 swiglu_ps(__m256 g, __m256 u, __m256 rho, __m256 limit) {
+  namespace c = swiglu_constants;
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  g = _mm256_min_ps(limit, g);
+  u = _mm256_max_ps(_mm256_xor_ps(limit, sign), _mm256_min_ps(limit, u));
+  __m256 t = _mm256_xor_ps(g, sign);
+  t = _mm256_min_ps(_mm256_set1_ps(c::kMaxT), t);
+  t = _mm256_max_ps(_mm256_set1_ps(c::kMinT), t);
+  const __m256 magic = _mm256_set1_ps(c::kRoundMagic);
+  const __m256 shifted = _mm256_add_ps(_mm256_mul_ps(t, _mm256_set1_ps(c::kLog2e)), magic);
+  const __m256 n = _mm256_sub_ps(shifted, magic);
+  __m256 r = _mm256_sub_ps(t, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2High)));
+  r = _mm256_sub_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2Low)));
+  __m256 p = _mm256_set1_ps(c::kC6);
+  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC5));
+  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC4));
+  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC3));
+  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC2));
+  p = _mm256_add_ps(_mm256_mul_ps(p, _mm256_mul_ps(r, r)), r);
+  p = _mm256_add_ps(p, _mm256_set1_ps(1.0f));
+  const __m256i steps = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(steps, _mm256_set1_epi32(127)), 23);
+  const __m256 e = _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+  const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+  return _mm256_mul_ps(rho, _mm256_mul_ps(silu, u));
+}
+
+// count is a multiple of 8: rows come in panels of 16.
+void swiglu_row(const float* gate, const float* up, float rho, float limit, bool round_inputs, bool round_output,
+                int64_t count, float* h) {
+  for (int64_t i = 0; i < count; i += 8) {
+    __m256 g = _mm256_loadu_ps(gate + i);
+    __m256 u = _mm256_loadu_ps(up + i);
+    if (round_inputs) g = round_bf16_ps(g), u = round_bf16_ps(u);
+    const __m256 v = swiglu_ps(g, u, _mm256_set1_ps(rho), _mm256_set1_ps(limit));
+    _mm256_storeu_ps(h + i, round_output ? round_bf16_ps(v) : v);
+  }
+}
+
+void round_row(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 8) _mm256_storeu_ps(x + i, round_bf16_ps(_mm256_loadu_ps(x + i)));
+}
+
+void add_row(const float* x, bool round_x, int64_t count, float* sum) {
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    _mm256_storeu_ps(sum + i, _mm256_add_ps(_mm256_loadu_ps(sum + i), round_x ? round_bf16_ps(v) : v));
+  }
+}

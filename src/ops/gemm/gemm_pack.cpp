@@ -1,0 +1,105 @@
+// Packing: memory area with huge pages, panels filled in parallel.
+#include "ops/gemm/gemm_pack.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "base/check.h"
+#include "base/math.h"
+#include "ops/gemm/packed_weight.h"
+#include "ops/gemm/panel.h"
+
+namespace dsv4 {
+namespace {
+
+constexpr int64_t kHugePageBytes = 2 << 20;
+
+// Uninitialised memory for packed panels, shared by all weights of one pack_weights call.
+std::shared_ptr<std::byte> allocate_area(int64_t bytes) {
+  const int64_t alignment = bytes >= kHugePageBytes ? kHugePageBytes : 64;
+  void* area = std::aligned_alloc(alignment, round_up(std::max<int64_t>(bytes, 1), alignment));
+  if (area == nullptr) throw_resource("cannot allocate {} bytes for packed weights", bytes);
+  if (bytes >= kHugePageBytes) ::madvise(area, bytes, MADV_HUGEPAGE);  // a refusal only costs speed
+  return {static_cast<std::byte*>(area), [](std::byte* pointer) { std::free(pointer); }};
+}
+
+struct PanelJob {
+  const WeightView* w;
+  int64_t row_begin;
+  std::byte* dst;
+};
+
+}  // namespace
+
+bool packing_pays(const WeightView& w, CpuIsa isa) {
+  return isa != CpuIsa::kReference && w.format == WeightFormat::kNvfp4 && w.rows > 0 && w.cols > 0;
+}
+
+int64_t packed_bytes(const WeightView& w) { return ceil_div(w.rows, kPanelRows) * packed_panel_bytes(w.cols); }
+
+void pack_panel(const WeightView& w, int64_t row_begin, std::byte* dst) {
+  const int64_t num_rows = std::min<int64_t>(kPanelRows, w.rows - row_begin);
+  const int64_t num_groups = w.cols / kNvfp4GroupSize;
+  const std::byte* codes = static_cast<const std::byte*>(w.data) + row_begin * (w.cols / 2);
+  const uint8_t* sf = w.sf + row_begin * num_groups;
+  const int64_t full_records = num_rows == kPanelRows ? w.cols / kPanelRecordCols : 0;
+  for (int64_t rec = 0; rec < full_records; ++rec) {
+    std::byte* record = dst + rec * kPanelRecordBytes;
+    for (int64_t r = 0; r < kPanelRows; ++r) {
+      uint32_t words[8];
+      std::memcpy(words, codes + r * (w.cols / 2) + rec * 32, 32);
+      for (int b = 0; b < 8; ++b) std::memcpy(record + b * 64 + r * 4, &words[b], 4);
+      for (int g = 0; g < 4; ++g) record[512 + g * 16 + r] = static_cast<std::byte>(sf[r * num_groups + rec * 4 + g]);
+    }
+  }
+  if (full_records * kPanelRecordCols == w.cols) return;
+  std::memset(dst + full_records * kPanelRecordBytes, 0, packed_panel_bytes(w.cols) - full_records * kPanelRecordBytes);
+  for (int64_t group = full_records * 4; group < num_groups; ++group) {
+    std::byte* record = dst + group / 4 * kPanelRecordBytes;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      std::memcpy(record + (group % 4) * 128 + r * 4, codes + r * (w.cols / 2) + group * 8, 4);
+      std::memcpy(record + (group % 4) * 128 + 64 + r * 4, codes + r * (w.cols / 2) + group * 8 + 4, 4);
+      record[512 + (group % 4) * 16 + r] = static_cast<std::byte>(sf[r * num_groups + group]);
+    }
+  }
+}
+
+void pack_weights(std::span<Weight* const> weights, const CpuContext& context,
+                  const std::function<void(int64_t, int64_t)>& progress) {
+  int64_t total = 0;
+  for (const Weight* weight : weights)
+    if (packing_pays(weight->view, context.isa)) total += packed_bytes(weight->view);
+  if (total == 0) return;
+
+  const std::shared_ptr<std::byte> area = allocate_area(total);
+  std::vector<PanelJob> jobs;
+  int64_t offset = 0;
+  for (Weight* weight : weights) {
+    if (!packing_pays(weight->view, context.isa)) continue;
+    DSV4_CHECK(weight->view.cols % kNvfp4GroupSize == 0 && weight->view.data != nullptr && weight->view.sf != nullptr,
+               "packing an nvfp4 weight [{}, {}]", weight->view.rows, weight->view.cols);
+    std::byte* data = area.get() + offset;
+    weight->packed = std::make_shared<PackedWeight>(PackedWeight{area, data, packed_panel_bytes(weight->view.cols)});
+    for (int64_t row = 0; row < weight->view.rows; row += kPanelRows, data += packed_panel_bytes(weight->view.cols))
+      jobs.push_back({&weight->view, row, data});
+    offset += packed_bytes(weight->view);
+  }
+
+  const int64_t step = std::max<int64_t>(1, progress ? static_cast<int64_t>(jobs.size()) / 100 : static_cast<int64_t>(jobs.size()));
+  int64_t done = 0;
+  for (int64_t begin = 0; begin < static_cast<int64_t>(jobs.size()); begin += step) {
+    const int64_t end = std::min<int64_t>(begin + step, static_cast<int64_t>(jobs.size()));
+    context.pool.parallel_for(end - begin, [&](int64_t i) {
+      const PanelJob& job = jobs[static_cast<size_t>(begin + i)];
+      pack_panel(*job.w, job.row_begin, job.dst);
+    });
+    for (int64_t i = begin; i < end; ++i) done += packed_panel_bytes(jobs[static_cast<size_t>(i)].w->cols);
+    if (progress) progress(done, total);
+  }
+}
+
+}  // namespace dsv4

@@ -1,0 +1,59 @@
+// Packed NVFP4 words -> BF16 fragment registers, exactly. 14 issue slots per eight weights (docs/kernels/moe_sm90.md).
+#pragma once
+
+#include <cstdint>
+
+#include "ops/moe/moe_layout.h"
+
+namespace dsv4::sm90 {
+
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+// Byte 0 or 1 of scales -> {sf * 2^118, sf * 2^118}.
+template <int kByte>
+__device__ __forceinline__ uint32_t decode_sf(uint32_t scales) {
+  return __byte_perm(scales, 0x07070707u, kByte == 0 ? 0x4040 : 0x4141) << 4;
+}
+
+// Eight codes -> four bf16x2, each e2m1 * 2^-126, times sf.
+__device__ __forceinline__ void decode_word(uint32_t word, uint32_t sf, uint32_t (&out)[4]) {
+  constexpr uint32_t kMask = 0x81C081C0u;
+  const uint32_t p0 = (word << 2) & kMask;
+  const uint32_t p1 = (word << 6) & kMask;
+  const uint32_t p2 = __funnelshift_l(word, word, 12) & kMask;
+  const uint32_t p3 = (word & 0x81808180u) | ((word >> 8) & 0x00400040u);
+  out[0] = mul_bf16x2(p0, sf);
+  out[1] = mul_bf16x2(p1, sf);
+  out[2] = mul_bf16x2(p2, sf);
+  out[3] = mul_bf16x2(p3, sf);
+}
+
+// A thread's share of one m64k64 block: fragments of the four k16 steps, a[step][0..3] in the order of the instruction
+// (row g / row g + 8 of columns 2t.., then of columns 2t + 8..).
+__device__ __forceinline__ void decode_block(const uint4& codes, uint32_t scales, uint32_t (&a)[4][4]) {
+  const uint32_t sf_low = decode_sf<0>(scales), sf_high = decode_sf<1>(scales);
+  uint32_t r[4];
+  decode_word(codes.x, sf_low, r);
+  a[0][0] = r[0], a[0][2] = r[1], a[1][0] = r[2], a[1][2] = r[3];
+  decode_word(codes.y, sf_low, r);
+  a[2][0] = r[0], a[2][2] = r[1], a[3][0] = r[2], a[3][2] = r[3];
+  decode_word(codes.z, sf_high, r);
+  a[0][1] = r[0], a[0][3] = r[1], a[1][1] = r[2], a[1][3] = r[3];
+  decode_word(codes.w, sf_high, r);
+  a[2][1] = r[0], a[2][3] = r[1], a[3][1] = r[2], a[3][3] = r[3];
+}
+
+__device__ __forceinline__ void load_shared_16(uint4& v, uint32_t address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+}
+__device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
+  return v;
+}
+
+}  // namespace dsv4::sm90

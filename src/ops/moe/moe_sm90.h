@@ -1,0 +1,104 @@
+// What the Hopper MoE kernels take, and their launchers. moe_gpu.cpp chooses by MoePlan and lays out the workspace.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "codec/bf16.h"
+
+namespace dsv4::sm90 {
+
+// Weights of all experts in kernel form (moe_layout.h).
+struct MoeExperts {
+  const uint8_t* fc1;   // [num_experts] of moe_fc1_bytes
+  const uint8_t* fc2;   // [num_experts] of moe_fc2_bytes
+  const float* alpha;   // [num_experts, 3]  global scale of w1, w3, w2
+};
+
+struct MoeShape {
+  int hidden;           // multiples of 64
+  int inter;
+  int num_experts;      // at most kMoeMaxExperts
+  int num_topk;         // at most 32
+};
+constexpr int kMoeMaxExperts = 1024;
+
+// ---- streaming tier: everything in one launch, few rows per expert ----
+
+constexpr int kStreamMaxSlots = 1024;  // num_tokens * num_topk
+
+// Counters in the workspace: zero before the first launch, zero again after every launch.
+struct MoeStreamArgs {
+  MoeExperts experts;
+  MoeShape shape;
+  const bf16* x;               // [num_tokens, hidden]
+  const int32_t* topk_idx;     // [num_tokens, num_topk]
+  const float* topk_weights;   // [num_tokens, num_topk]
+  const bf16* shared_y;        // [num_tokens, hidden] added to the sum, or nullptr
+  bf16* y;                     // [num_tokens, hidden]
+  bf16* h;                     // [num_tokens * num_topk, inter]   scratch
+  bf16* slot_y;                // [num_tokens * num_topk, hidden]  scratch
+  uint32_t* fc1_done;          // [kStreamMaxSlots]    strips of fc1 finished, per chunk
+  uint32_t* fc2_done;          // [fc2 strips]         chunks finished, per strip
+  uint32_t* exited;            // [1]
+  int num_tokens;
+  float swiglu_limit;
+};
+// max_rows: 8 or 16 token rows per task. ctas: at most what is co-resident.
+void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaStream_t stream);
+
+// ---- tiled tier: route, gather, GEMMs, combine as four launches, any number of rows per expert ----
+//
+// Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of at most kTileRows. A token operand
+// (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row after row of 128
+// bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk copy each.
+
+constexpr int kTileRows = 128;
+
+struct MoeTile {
+  int expert;
+  int first_row;  // padded row index
+  int rows;       // in use
+  int padded;     // multiple of 8
+};
+
+// Result of routing, in the workspace. Sizes for `slots` = num_tokens * num_topk.
+struct MoeRouting {
+  MoeTile* tiles;         // [moe_max_tiles]
+  int32_t* num_tiles;     // [1]
+  int32_t* row_slot;      // [moe_max_rows]    slot of a padded row; rows without one are not written
+  int32_t* slot_row;      // [slots]           padded row of a slot, -1 if unused
+  uint32_t* ticket;       // [2]               zeroed by routing
+  uint32_t* tile_done;    // [moe_max_tiles]   zeroed by routing
+};
+constexpr int64_t moe_max_rows(int64_t slots, int num_experts) {
+  return slots + 7 * (slots < num_experts ? slots : num_experts);
+}
+constexpr int64_t moe_max_tiles(int64_t slots, int num_experts) {
+  return (slots < num_experts ? slots : num_experts) + slots / kTileRows;
+}
+
+struct MoeTiledArgs {
+  MoeExperts experts;
+  MoeShape shape;
+  MoeRouting routing;
+  const float* topk_weights;  // [slots]
+  const bf16* x_rows;         // token operand, hidden columns
+  bf16* h_rows;               // token operand, inter columns
+  float* h_wide;              // a4: [max_rows, inter] binary32 instead of h_rows
+  const float* x_global;      // a4: [max_rows] global scale of a row of x
+  const float* h_global;      // a4: [max_rows] ... of h
+  bf16* slot_y;               // [slots, hidden]
+  float swiglu_limit;
+};
+enum class TiledPhase : int { kBoth, kFc1, kFc2 };
+
+void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, const MoeRouting& routing, cudaStream_t stream);
+void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,
+                       cudaStream_t stream);
+void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream);
+void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,
+                        bf16* y, cudaStream_t stream);
+
+}  // namespace dsv4::sm90

@@ -1,0 +1,436 @@
+// Streaming tier of the MoE layer on Hopper: routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert.
+//
+// Bandwidth is everything here, so weights never wait for anything but ring space: one producer thread copies packed strips
+// in task order (all of fc1, then all of fc2) while a second warp brings the token rows, which do wait (fc2's for the h of
+// their chunk). Task = 64 weight rows x up to 16 token rows of one expert. Math warps decode fragments straight from the ring
+// into mma.sync m16n8k16 (weights are the M side) with no decoded copy anywhere; four groups of four warps take ring stages
+// in turn (split-K inside the CTA) and add their sums in a fixed order. mma.sync and not wgmma: at 8-16 columns the tensor
+// cores are idle anyway, and its token fragments come from unpermuted rows.
+#pragma once
+
+#include "gpu/ptx/copy.cuh"
+#include "gpu/ptx/sync.cuh"
+#include "gpu/sm90/spin.cuh"
+#include "ops/moe/moe_decode_sm90.cuh"
+#include "ops/moe/moe_sm90.h"
+#include "ops/moe/swiglu.h"
+
+namespace dsv4::sm90 {
+
+enum class StreamMode { kFull, kWeightsOnly };  // kWeightsOnly: the same copies and no arithmetic, a ceiling for the bench
+
+template <int kMaxRows_, StreamMode kMode_ = StreamMode::kFull>
+struct StreamTraits {
+  static constexpr int kMaxRows = kMaxRows_;
+  static constexpr StreamMode kMode = kMode_;
+  static constexpr int kGroups = 4;                  // split-K groups of four warps
+  static constexpr int kMathWarps = 4 * kGroups;
+  static constexpr int kThreads = 32 * (kMathWarps + 2);
+  static constexpr int kStageBlocks = 4;             // K256
+  static constexpr int kWeightBytes = kStageBlocks * kMoeBlockBytes;
+  static constexpr int kRowPitch = kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
+  static constexpr int kStageBytes = kWeightBytes + kMaxRows * kRowPitch;
+  static constexpr int kTiles = kMaxRows / 8;        // n8 tiles
+  static constexpr int kPartialFloats = kMathWarps * 32 * 4 * kTiles;
+
+  struct Shared {
+    float partial[2][kPartialFloats];
+    float rho[kStreamMaxSlots];
+    uint16_t slots[kStreamMaxSlots];                 // sorted by expert, then token
+    uint8_t order[kStreamMaxSlots];                  // per token: its topk positions by expert id
+    uint16_t chunk_expert[kStreamMaxSlots];
+    uint16_t chunk_first[kStreamMaxSlots];
+    uint16_t chunk_rows[kStreamMaxSlots];
+    uint64_t partial_full[2], partial_empty[2];
+    int num_chunks;
+    uint32_t flag[kGroups];
+  };
+  static constexpr int kMaxSmem = 227 * 1024;
+  static constexpr int kRingOffset = (sizeof(Shared) + 16 * 32 + 127) / 128 * 128;
+  static constexpr int kStages = (kMaxSmem - kRingOffset) / kStageBytes > 16 ? 16 : (kMaxSmem - kRingOffset) / kStageBytes;
+  static constexpr int kSmemBytes = kRingOffset + kStages * kStageBytes;
+  static_assert(kStages >= 4);
+};
+
+// Position in a ring that wraps.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// Tasks v = 0 .. num_chunks * (strips1 + strips2) - 1: fc1 of every chunk, then fc2 of every chunk, strips innermost.
+struct StreamTask {
+  bool is_fc2;
+  int chunk, strip, blocks;
+  const uint8_t* weights;
+};
+template <class Shared>
+__device__ __forceinline__ StreamTask stream_task(const MoeStreamArgs& args, const Shared& shared, int v, int strips1, int strips2) {
+  StreamTask task;
+  const int first2 = shared.num_chunks * strips1;
+  task.is_fc2 = v >= first2;
+  const int strips = task.is_fc2 ? strips2 : strips1;
+  const int w = task.is_fc2 ? v - first2 : v;
+  task.chunk = w / strips;
+  task.strip = w - task.chunk * strips;
+  task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
+  const int64_t strip = static_cast<int64_t>(shared.chunk_expert[task.chunk]) * strips + task.strip;
+  task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) + strip * task.blocks * kMoeBlockBytes;
+  return task;
+}
+
+// Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts
+// live in `scratch` (the ring, not yet in use): two ints per expert, then the rank of every slot.
+template <class Traits>
+__device__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared& shared, int* scratch) {
+  const int num_slots = args.num_tokens * args.shape.num_topk, num_experts = args.shape.num_experts, lane = threadIdx.x & 31;
+  int* count = scratch;
+  int* first = scratch + num_experts;
+  int* rank = scratch + 2 * num_experts;
+  int* expert = rank + num_slots;
+  for (int e = threadIdx.x; e < num_experts; e += Traits::kThreads) count[e] = 0;
+  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
+    const int e = args.topk_idx[i];
+    expert[i] = e >= 0 && e < num_experts ? e : -1;
+    shared.rho[i] = args.topk_weights[i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    for (int base = 0; base < num_slots; base += 32) {  // in slot order: ranks are deterministic
+      const int i = base + lane;
+      const int e = i < num_slots ? expert[i] : -1;
+      const uint32_t peers = __match_any_sync(0xffffffffu, e);
+      const int before = __popc(peers & ((1u << lane) - 1));
+      if (e >= 0) rank[i] = count[e] + before;
+      __syncwarp();
+      if (e >= 0 && before == 0) count[e] += __popc(peers);
+      __syncwarp();
+    }
+    int slots = 0, chunks = 0;
+    for (int base = 0; base < num_experts; base += 32) {
+      const int e = base + lane;
+      const int n = e < num_experts ? count[e] : 0;
+      const int c = (n + Traits::kMaxRows - 1) / Traits::kMaxRows;
+      int packed = n | c << 16;
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, packed, d);
+        if (lane >= d) packed += other;
+      }
+      const int slot = slots + (packed & 0xffff) - n, chunk = chunks + (packed >> 16) - c;
+      if (e < num_experts) first[e] = slot;
+      for (int j = 0; j < c; ++j) {
+        shared.chunk_expert[chunk + j] = static_cast<uint16_t>(e);
+        shared.chunk_first[chunk + j] = static_cast<uint16_t>(slot + j * Traits::kMaxRows);
+        shared.chunk_rows[chunk + j] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
+      }
+      const int totals = __shfl_sync(0xffffffffu, packed, 31);
+      slots += totals & 0xffff;
+      chunks += totals >> 16;
+    }
+    if (lane == 0) shared.num_chunks = chunks;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads)
+    if (expert[i] >= 0) shared.slots[first[expert[i]] + rank[i]] = static_cast<uint16_t>(i);
+  for (int token = threadIdx.x; token < args.num_tokens; token += Traits::kThreads) {
+    const int base = token * args.shape.num_topk;
+    for (int k = 0; k < args.shape.num_topk; ++k) {  // place k after every position with a smaller expert (ties: smaller k)
+      const int e = expert[base + k];
+      int place = 0;
+      for (int j = 0; j < args.shape.num_topk; ++j) {
+        const int other = expert[base + j];
+        place += other < e || (other == e && j < k);
+      }
+      shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
+    }
+  }
+  __syncthreads();
+}
+
+template <class Traits>
+__device__ void stream_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
+                                    uint64_t* empty, int strips1, int strips2) {
+  if (threadIdx.x % 32 != 0) return;
+  const int tasks = shared.num_chunks * (strips1 + strips2);
+  RingPosition<Traits::kStages> at;
+  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
+    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
+    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
+      const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * kMoeBlockBytes;
+      spin_until([&] { return ptx::mbarrier_try_wait(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for weights", v, block);
+      ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
+      ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * kMoeBlockBytes, bytes,
+                     &full[at.stage], ptx::L2Hint::kEvictFirst);
+      at.advance();
+    }
+  }
+}
+
+template <class Traits>
+__device__ void stream_load_rows(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
+                                 uint64_t* empty, int strips1, int strips2) {
+  const int lane = threadIdx.x % 32;
+  const int tasks = shared.num_chunks * (strips1 + strips2);
+  RingPosition<Traits::kStages> at;
+  int ready_chunk = -1;
+  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
+    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
+    const int rows = shared.chunk_rows[task.chunk];
+    if (task.is_fc2 && ready_chunk != task.chunk) {
+      spin_until([&] { return load_acquire(&args.fc1_done[task.chunk]) >= static_cast<uint32_t>(strips1); },
+                 "moe stream: h of a chunk", task.chunk, strips1);
+      fence_proxy_async_all();  // h was written by ordinary stores, the copy engine reads it
+      ready_chunk = task.chunk;
+    }
+    const bf16* source = nullptr;
+    if (lane < rows) {
+      const int slot = shared.slots[shared.chunk_first[task.chunk] + lane];
+      source = task.is_fc2 ? args.h + static_cast<int64_t>(slot) * args.shape.inter
+                           : args.x + static_cast<int64_t>(slot / args.shape.num_topk) * args.shape.hidden;
+    }
+    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
+      const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * 128;
+      spin_until([&] { return ptx::mbarrier_try_wait(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows", v, block);
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes * rows);
+      __syncwarp();
+      if (lane < rows)
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + Traits::kWeightBytes + lane * Traits::kRowPitch,
+                       source + block * kMoeBlockCols, bytes, &full[at.stage]);
+      at.advance();
+    }
+  }
+}
+
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// One ring stage of one warp: 16 weight rows, kTiles x 8 token rows.
+template <class Traits, int kTiles>
+__device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks, int warp, int lane, float (&sum)[2][kTiles][4]) {
+  const uint32_t thread = warp * 32 + lane;
+  const uint32_t codes = stage_address + thread * 16;
+  const uint32_t scales = stage_address + kMoeBlockCodeBytes + thread * 2;
+  const uint32_t rows = stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32;
+#pragma unroll
+  for (int block = 0; block < Traits::kStageBlocks; ++block) {
+    if (block < blocks) {
+      uint4 packed, b[kTiles][2];
+      load_shared_16(packed, codes + block * kMoeBlockBytes);
+      const uint32_t sf = load_shared_u16(scales + block * kMoeBlockBytes);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        load_shared_16(b[tile][0], rows + tile * 8 * Traits::kRowPitch + block * 128);
+        load_shared_16(b[tile][1], rows + tile * 8 * Traits::kRowPitch + block * 128 + 16);
+      }
+      uint32_t a[4][4];
+      decode_block(packed, sf, a);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {  // two sums: half the dependent chain
+        mma_m16n8k16(sum[0][tile], a[0], b[tile][0].x, b[tile][0].y);
+        mma_m16n8k16(sum[1][tile], a[1], b[tile][0].z, b[tile][0].w);
+        mma_m16n8k16(sum[0][tile], a[2], b[tile][1].x, b[tile][1].y);
+        mma_m16n8k16(sum[1][tile], a[3], b[tile][1].z, b[tile][1].w);
+      }
+    }
+  }
+}
+
+// The sums of one task's stages that belong to this group, left in shared.partial for the group that finishes the task.
+template <class Traits, int kTiles>
+__device__ __forceinline__ void stream_task_sums(uint8_t* ring, uint64_t* full, uint64_t* empty, const StreamTask& task, int group,
+                                                 int warp, int lane, RingPosition<Traits::kStages>& at, int& turn, float* partial,
+                                                 uint64_t* partial_empty, uint32_t partial_phase) {
+  float sum[2][kTiles][4] = {};
+  for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
+    if (turn == group) {
+      spin_until([&] { return ptx::mbarrier_try_wait(&full[at.stage], at.phase); }, "moe stream: stage filled", task.chunk, block);
+      if constexpr (Traits::kMode == StreamMode::kFull)
+        stream_stage<Traits, kTiles>(ptx::smem_address(ring + at.stage * Traits::kStageBytes), task.blocks - block, warp, lane, sum);
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&empty[at.stage]);
+    }
+    at.advance();
+    turn = turn + 1 == Traits::kGroups ? 0 : turn + 1;
+  }
+  spin_until([&] { return ptx::mbarrier_try_wait(partial_empty, partial_phase ^ 1); }, "moe stream: partial sums free", task.chunk, 0);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+    *reinterpret_cast<float4*>(partial + ((group * 4 + warp) * Traits::kTiles + tile) * 128 + lane * 4) =
+        make_float4(sum[0][tile][0] + sum[1][tile][0], sum[0][tile][1] + sum[1][tile][1], sum[0][tile][2] + sum[1][tile][2],
+                    sum[0][tile][3] + sum[1][tile][3]);
+}
+
+// y of 64 output columns for every token: the slots' outputs added in order of expert id.
+template <class Traits>
+__device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared, int strip, int thread) {
+  const int lane = thread & 15, hidden = args.shape.hidden, topk = args.shape.num_topk;
+  for (int token = thread >> 4; token < args.num_tokens; token += 8) {
+    float sum[4] = {};
+    const int64_t column = strip * 64 + lane * 4;
+#pragma unroll 6
+    for (int k = 0; k < topk; ++k) {
+      const int place = shared.order[token * topk + k];
+      if (place == 0xff) continue;
+      const uint2 v = __ldcg(reinterpret_cast<const uint2*>(args.slot_y + static_cast<int64_t>(token * topk + place) * hidden + column));
+      sum[0] += __uint_as_float(v.x << 16);
+      sum[1] += __uint_as_float(v.x & 0xffff0000u);
+      sum[2] += __uint_as_float(v.y << 16);
+      sum[3] += __uint_as_float(v.y & 0xffff0000u);
+    }
+    if (args.shared_y) {
+      const uint2 v = *reinterpret_cast<const uint2*>(args.shared_y + static_cast<int64_t>(token) * hidden + column);
+      sum[0] += __uint_as_float(v.x << 16);
+      sum[1] += __uint_as_float(v.x & 0xffff0000u);
+      sum[2] += __uint_as_float(v.y << 16);
+      sum[3] += __uint_as_float(v.y & 0xffff0000u);
+    }
+    const uint2 out = make_uint2(encode_bf16(sum[0]).bits | uint32_t(encode_bf16(sum[1]).bits) << 16,
+                                 encode_bf16(sum[2]).bits | uint32_t(encode_bf16(sum[3]).bits) << 16);
+    *reinterpret_cast<uint2*>(args.y + static_cast<int64_t>(token) * hidden + column) = out;
+  }
+}
+
+// Adds the four partial sums of a task and finishes it: h of fc1, slot outputs of fc2, y where the strip is complete.
+template <class Traits>
+__device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typename Traits::Shared& shared, const StreamTask& task,
+                                                const float* partial, uint64_t* partial_empty, int group, int warp, int lane) {
+  const int rows = shared.chunk_rows[task.chunk], first = shared.chunk_first[task.chunk];
+  const int g = lane >> 2, t = lane & 3;
+  const int expert = shared.chunk_expert[task.chunk];
+  float sum[Traits::kTiles][4];
+#pragma unroll
+  for (int tile = 0; tile < Traits::kTiles; ++tile) {
+    if (tile * 8 >= rows) break;
+    float4 v = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int from = 0; from < Traits::kGroups; ++from) {
+      const float4 p = *reinterpret_cast<const float4*>(partial + ((from * 4 + warp) * Traits::kTiles + tile) * 128 + lane * 4);
+      v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
+    }
+    sum[tile][0] = v.x, sum[tile][1] = v.y, sum[tile][2] = v.z, sum[tile][3] = v.w;
+  }
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(partial_empty);
+
+  const float* alpha = args.experts.alpha + expert * 3;
+  if (!task.is_fc2) {
+    const float alpha_gate = alpha[0] * kMoeAlphaScale, alpha_up = alpha[1] * kMoeAlphaScale;
+    const int column = moe_fc1_row(task.strip, warp, g);
+#pragma unroll
+    for (int tile = 0; tile < Traits::kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile * 8 + 2 * t + i;
+        if (row >= rows) continue;
+        const int slot = shared.slots[first + row];
+        const float gate = round_bf16(sum[tile][i] * alpha_gate), up = round_bf16(sum[tile][2 + i] * alpha_up);
+        args.h[static_cast<int64_t>(slot) * args.shape.inter + column] =
+            encode_bf16(swiglu(gate, up, shared.rho[slot], args.swiglu_limit));
+      }
+    fence_proxy_async_all();
+    ptx::named_barrier_sync(1 + group, 128);
+    if (warp == 0 && lane == 0) add_release(&args.fc1_done[task.chunk], 1);
+    return;
+  }
+  const float alpha_down = alpha[2] * kMoeAlphaScale;
+  const int column = moe_fc2_row(task.strip, warp, g);  // row g + 8 is two columns on
+#pragma unroll
+  for (int tile = 0; tile < Traits::kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile * 8 + 2 * t + i;
+      if (row >= rows) continue;
+      bf16* out = args.slot_y + static_cast<int64_t>(shared.slots[first + row]) * args.shape.hidden + column;
+      out[0] = encode_bf16(sum[tile][i] * alpha_down);
+      out[2] = encode_bf16(sum[tile][2 + i] * alpha_down);
+    }
+  ptx::named_barrier_sync(1 + group, 128);
+  if (warp == 0 && lane == 0) shared.flag[group] = add_acq_rel(&args.fc2_done[task.strip], 1);
+  ptx::named_barrier_sync(1 + group, 128);
+  if (shared.flag[group] == static_cast<uint32_t>(shared.num_chunks) - 1)
+    stream_combine<Traits>(args, shared, task.strip, warp * 32 + lane);
+}
+
+template <class Traits>
+__device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, uint64_t* full, uint64_t* empty,
+                            int strips1, int strips2) {
+  const int group = threadIdx.x / 128, warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+  const int tasks = shared.num_chunks * (strips1 + strips2);
+  RingPosition<Traits::kStages> at;
+  int turn = 0, count = 0;
+  for (int v = blockIdx.x; v < tasks; v += gridDim.x, ++count) {
+    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
+    const int buffer = count & 1;
+    const uint32_t phase = (count >> 1) & 1;
+    float* partial = shared.partial[buffer];
+    if (Traits::kTiles > 1 && shared.chunk_rows[task.chunk] > 8)
+      stream_task_sums<Traits, Traits::kTiles>(ring, full, empty, task, group, warp, lane, at, turn, partial,
+                                               &shared.partial_empty[buffer], phase);
+    else
+      stream_task_sums<Traits, 1>(ring, full, empty, task, group, warp, lane, at, turn, partial, &shared.partial_empty[buffer], phase);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.partial_full[buffer]);
+    if (count % Traits::kGroups == group) {
+      spin_until([&] { return ptx::mbarrier_try_wait(&shared.partial_full[buffer], phase); }, "moe stream: partial sums", v, 0);
+      stream_epilogue<Traits>(args, shared, task, partial, &shared.partial_empty[buffer], group, warp, lane);
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const __grid_constant__ MoeStreamArgs args) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(smem);
+  uint64_t* full = reinterpret_cast<uint64_t*>(smem + Traits::kRingOffset - 16 * 32);
+  uint64_t* empty = full + Traits::kStages;
+  uint8_t* ring = smem + Traits::kRingOffset;
+  const int warp = threadIdx.x / 32;
+  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::mbarrier_init(&full[i], 2);   // one arrival per producer
+      ptx::mbarrier_init(&empty[i], 4);  // one per warp of the group that used it
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(&shared.partial_full[i], Traits::kMathWarps);
+      ptx::mbarrier_init(&shared.partial_empty[i], 4);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::griddepcontrol_wait();
+  stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
+  fence_proxy_async_all();  // the ring was scratch until here
+  __syncthreads();
+  ptx::griddepcontrol_launch_dependents();
+
+  if (shared.num_chunks == 0) {  // nothing routed: y is the shared part alone
+    for (int strip = blockIdx.x; strip < strips2; strip += gridDim.x)
+      if (threadIdx.x < 128) stream_combine<Traits>(args, shared, strip, threadIdx.x);
+    return;
+  }
+  if (warp == Traits::kMathWarps)
+    stream_load_weights<Traits>(args, shared, ring, full, empty, strips1, strips2);
+  else if (warp == Traits::kMathWarps + 1)
+    stream_load_rows<Traits>(args, shared, ring, full, empty, strips1, strips2);
+  else
+    stream_math<Traits>(args, shared, ring, full, empty, strips1, strips2);
+
+  // The last CTA to finish leaves the counters as it found them.
+  __syncthreads();
+  if (threadIdx.x == 0) shared.flag[0] = add_acq_rel(args.exited, 1);
+  __syncthreads();
+  if (shared.flag[0] != gridDim.x - 1) return;
+  for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
+  for (int i = threadIdx.x; i < strips2; i += Traits::kThreads) args.fc2_done[i] = 0;
+  if (threadIdx.x == 0) *args.exited = 0;
+}
+
+}  // namespace dsv4::sm90
