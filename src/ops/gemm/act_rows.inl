@@ -93,7 +93,8 @@ inline __m256 swiglu_ps(__m256 g, __m256 u, __m256 rho, __m256 limit) {
   const __m256 n = _mm256_sub_ps(shifted, magic);
   __m256 r = _mm256_sub_ps(t, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2High)));
   r = _mm256_sub_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2Low)));
-  __m256 p = _mm256_set1_ps(c::kC6);
+  __m256 p = _mm256_set1_ps(c::kC7);
+  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC6));
   p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC5));
   p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC4));
   p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC3));

@@ -10,7 +10,7 @@ namespace {
 using MoeFunction = void (*)(const MoeArgs&, const CpuContext&);
 
 // Indexed by CpuIsa.
-constexpr MoeFunction kMoeByIsa[] = {moe_reference, moe_reference, moe_reference, moe_reference};
+constexpr MoeFunction kMoeByIsa[] = {moe_reference, moe_simd, moe_simd, moe_simd};
 
 void check_matrix(const Weight& w, int64_t rows, int64_t cols, const char* name, int expert) {
   const WeightView& v = w.view;
@@ -69,6 +69,8 @@ double expert_flops_per_token(const ExpertWeights& e) {
 
 void moe(const MoeArgs& args, const CpuContext& context) {
   check_args(args);
+  DSV4_CHECK(context.isa <= best_cpu_isa(), "instruction set {} is not supported by this machine ({})",
+             cpu_isa_name(context.isa), cpu_isa_name(best_cpu_isa()));
   if (args.num_tokens == 0) return;
   kMoeByIsa[static_cast<int>(context.isa)](args, context);
 }

@@ -2,8 +2,8 @@
 //
 // Task = 256 weight rows (4 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
 // all of fc1 first, then fc2, which waits for the tile_done counter of its rows: tickets are handed out in order, so what a
-// CTA waits for is always held by a running CTA. Warps: two math warpgroups with two strips each, and a warpgroup whose warps
-// schedule, copy weights (never waiting for fc1) and copy token rows. Weights are decoded in registers and used as the
+// CTA waits for is always held by a running CTA. Warps: two math warpgroups with two strips each, a warp that draws tickets
+// and copies weights (never waiting for fc1), and one that copies token rows. Weights are decoded in registers and used as the
 // register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8; no decoded weight is ever stored.
 #pragma once
 
@@ -20,14 +20,13 @@ namespace dsv4::sm90 {
 struct TiledTraits {
   static constexpr int kMathWarpgroups = 2, kStripsPerGroup = 2;
   static constexpr int kStrips = kMathWarpgroups * kStripsPerGroup;  // 256 weight rows a task
-  static constexpr int kThreads = 128 * (kMathWarpgroups + 1);
+  static constexpr int kThreads = 128 * kMathWarpgroups + 64;
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
   static constexpr int kRowBytes = kTileRows * 128 * kStageBlocks;
   static constexpr int kStages = 4;
   static constexpr int kTaskRing = 2;
-  static constexpr int kMathRegisters = 232, kOtherRegisters = 40;
 
   struct Task {
     int tile, block;  // tile < 0: no more tasks
@@ -82,33 +81,6 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   return work;
 }
 
-__device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase) {
-  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + TiledTraits::kStrips - 1) / TiledTraits::kStrips;
-  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + TiledTraits::kStrips - 1) / TiledTraits::kStrips;
-  const int tiles = *args.routing.num_tiles;
-  const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1, tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
-  uint32_t* ticket = &args.routing.ticket[phase == TiledPhase::kFc2 ? 1 : 0];
-  TiledRing<TiledTraits::kTaskRing> at;
-  while (true) {
-    const int v = static_cast<int>(atomicAdd(ticket, 1u));
-    TiledTask task{};
-    task.tile = -1;
-    if (v < tasks) {
-      task.is_fc2 = v >= tasks1;
-      const int w = task.is_fc2 ? v - tasks1 : v, blocks = task.is_fc2 ? blocks2 : blocks1;
-      task.tile = w / blocks;
-      task.block = w - task.tile * blocks;
-      const MoeTile tile = args.routing.tiles[task.tile];
-      task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
-    }
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_empty[at.stage], at.phase ^ 1); }, "moe tiled: task slot", v, 0);
-    shared.task[at.stage] = task;
-    ptx::mbarrier_arrive(&shared.task_full[at.stage]);
-    at.advance();
-    if (v >= tasks) return;
-  }
-}
-
 // Next task for a role; every reader of the ring arrives once (a warp: its lane 0).
 template <bool kWarp>
 __device__ __forceinline__ TiledTask tiled_next(TiledShared& shared, TiledRing<TiledTraits::kTaskRing>& at) {
@@ -124,11 +96,34 @@ __device__ __forceinline__ TiledTask tiled_next(TiledShared& shared, TiledRing<T
   return task;
 }
 
-__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, TiledShared& shared) {
+// Draws tickets, tells the other roles, and copies the weights.
+__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase) {
   using T = TiledTraits;
+  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
+  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
+  const int tiles = *args.routing.num_tiles;
+  const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1, tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
+  uint32_t* ticket = &args.routing.ticket[phase == TiledPhase::kFc2 ? 1 : 0];
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
-  for (TiledTask task = tiled_next<false>(shared, task_at); task.tile >= 0; task = tiled_next<false>(shared, task_at)) {
+  int v = static_cast<int>(atomicAdd(ticket, 1u));
+  while (true) {
+    TiledTask task{};
+    task.tile = -1;
+    if (v < tasks) {
+      task.is_fc2 = v >= tasks1;
+      const int w = task.is_fc2 ? v - tasks1 : v, blocks = task.is_fc2 ? blocks2 : blocks1;
+      task.tile = w / blocks;
+      task.block = w - task.tile * blocks;
+      const MoeTile tile = args.routing.tiles[task.tile];
+      task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
+    }
+    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
+    shared.task[task_at.stage] = task;
+    ptx::mbarrier_arrive(&shared.task_full[task_at.stage]);
+    task_at.advance();
+    if (task.tile < 0) return;
+    v = static_cast<int>(atomicAdd(ticket, 1u));  // early: its latency hides behind this task
     const TiledWork work = tiled_work(args, task);
     for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
       const uint32_t bytes = min(T::kStageBlocks, work.blocks - block) * kMoeBlockBytes;
@@ -309,24 +304,19 @@ __global__ void __launch_bounds__(TiledTraits::kThreads, 1)
     }
     for (int i = 0; i < T::kTaskRing; ++i) {
       ptx::mbarrier_init(&shared.task_full[i], 1);
-      ptx::mbarrier_init(&shared.task_empty[i], 2 + 4 * T::kMathWarpgroups);
+      ptx::mbarrier_init(&shared.task_empty[i], 1 + 4 * T::kMathWarpgroups);
     }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int group = threadIdx.x / 128;
-  if (group == T::kMathWarpgroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kOtherRegisters));
-    if (threadIdx.x % 32 == 0) {
-      const int warp = (threadIdx.x / 32) % 4;
-      if (warp == 0) tiled_schedule(args, shared, phase);
-      if (warp == 1) tiled_load_weights(args, shared);
-      if (warp == 2) tiled_load_rows(args, shared, phase);
-    }
+  const int warp = threadIdx.x / 32;
+  if (warp == 4 * T::kMathWarpgroups) {
+    if (threadIdx.x % 32 == 0) tiled_load_weights(args, shared, phase);
+  } else if (warp == 4 * T::kMathWarpgroups + 1) {
+    if (threadIdx.x % 32 == 0) tiled_load_rows(args, shared, phase);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
     tiled_math(args, shared);
   }
 }
