@@ -1,4 +1,4 @@
-// Thread pool: an epoch counter publishes a loop, an atomic index hands out its iterations, a counter reports the end.
+// Thread pool: a gate word publishes a loop and counts who joined, an atomic index hands out its iterations.
 #include "base/threads.h"
 
 #include <sched.h>
@@ -37,16 +37,24 @@ int available_cpus() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// The gate of one loop: epoch | closed | joined workers. A worker takes part only if it moves the gate of an open epoch
+// from n to n + 1 joined; the caller closes the gate when no iteration is left and waits for those that joined. So a worker
+// that wakes late never touches a loop that has ended (it finds the gate closed, or a newer epoch), and a loop never waits
+// for a worker that the system has not scheduled.
 struct ThreadPool::State {
-  // One loop. Written by the caller before epoch moves, read by workers after.
+  static constexpr uint64_t kJoinedMask = (1u << 16) - 1;
+  static constexpr uint64_t kClosed = 1u << 16;
+  static constexpr int kEpochShift = 17;
+
+  // One loop. Written by the caller while the gate is closed, read by workers that joined.
   Invoke invoke = nullptr;
   const void* context = nullptr;
   int64_t count = 0;
 
-  alignas(64) std::atomic<uint64_t> epoch{0};
+  alignas(64) std::atomic<uint64_t> gate{kClosed};
   alignas(64) std::atomic<int64_t> next_index{0};
-  alignas(64) std::atomic<int> num_running{0};
-  std::atomic<int> num_asleep{0};
+  alignas(64) std::atomic<uint64_t> num_finished{0};
+  alignas(64) std::atomic<int> num_asleep{0};
   std::atomic<bool> stopping{false};
 
   std::mutex mutex;
@@ -68,30 +76,39 @@ struct ThreadPool::State {
     }
   }
 
-  void wait_for_epoch(uint64_t seen) {
+  // The first gate value of an epoch other than seen.
+  uint64_t wait_for_epoch(uint64_t seen) {
     for (int round = 0; round < kSpinRounds; ++round) {
-      if (epoch.load(std::memory_order_acquire) != seen) return;
+      const uint64_t value = gate.load(std::memory_order_acquire);
+      if (value >> kEpochShift != seen) return value;
       cpu_relax();
     }
     std::unique_lock lock(mutex);
     num_asleep.fetch_add(1);
-    wake.wait(lock, [&] { return epoch.load() != seen; });
+    wake.wait(lock, [&] { return gate.load() >> kEpochShift != seen; });
     num_asleep.fetch_sub(1);
+    return gate.load(std::memory_order_acquire);
   }
 
   void worker_main(int thread_idx) {
     uint64_t seen = 0;
     for (;;) {
-      wait_for_epoch(seen);
-      seen = epoch.load(std::memory_order_acquire);
+      uint64_t value = wait_for_epoch(seen);
+      seen = value >> kEpochShift;
       if (stopping.load(std::memory_order_relaxed)) return;
-      work(thread_idx);
-      num_running.fetch_sub(1, std::memory_order_release);
+      while ((value & kClosed) == 0 && value >> kEpochShift == seen) {
+        if (!gate.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        work(thread_idx);
+        num_finished.fetch_add(1, std::memory_order_release);
+        break;
+      }
     }
   }
 
-  void publish() {
-    epoch.fetch_add(1);  // sequentially consistent with num_asleep: either the sleeper sees it or we see the sleeper
+  // Opens the next epoch (or, closed, only wakes everybody). Sequentially consistent with num_asleep: either the sleeper
+  // sees the new gate or we see the sleeper.
+  void publish(uint64_t flags) {
+    gate.store(((gate.load(std::memory_order_relaxed) >> kEpochShift) + 1) << kEpochShift | flags);
     if (num_asleep.load() > 0) {
       std::lock_guard lock(mutex);
       wake.notify_all();
@@ -108,7 +125,7 @@ ThreadPool::ThreadPool(int num_threads)
 
 ThreadPool::~ThreadPool() {
   state_->stopping = true;
-  state_->publish();
+  state_->publish(State::kClosed);
   for (auto& worker : state_->workers) worker.join();
 }
 
@@ -123,10 +140,11 @@ void ThreadPool::run(int64_t count, Invoke invoke, const void* context) {
   state.context = context;
   state.count = count;
   state.next_index.store(0, std::memory_order_relaxed);
-  state.num_running.store(num_threads_ - 1, std::memory_order_relaxed);
-  state.publish();
+  state.num_finished.store(0, std::memory_order_relaxed);
+  state.publish(0);
   state.work(0);
-  for (int round = 0; state.num_running.load(std::memory_order_acquire) != 0; ++round) {
+  const uint64_t num_joined = state.gate.fetch_or(State::kClosed, std::memory_order_acq_rel) & State::kJoinedMask;
+  for (int round = 0; state.num_finished.load(std::memory_order_acquire) != num_joined; ++round) {
     if (round < kSpinRounds) {
       cpu_relax();
     } else {
