@@ -23,5 +23,6 @@ class ProgressLine {
 // First Ctrl-C sets the flag, a second one ends the process with 130.
 void install_interrupt_handler();
 bool interrupted();
+void clear_interrupt();  // after it was dealt with
 
 }  // namespace dsv4::app
