@@ -1,0 +1,256 @@
+// The two kernels behind every quantiser: a stream over vectors of 8 elements, and one CTA per row where a row must be seen
+// whole (RMS norm, global per row). A Source yields the elements; the sink below writes any RowFormat.
+//
+//   struct Source {
+//     struct Raw;                                               // registers of one vector, as loaded
+//     Raw load(uint32_t row, uint32_t vec) const;               // elements 8 vec .. 8 vec + 7 of the row
+//     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[8]) const;
+//   };
+// Two neighbouring lanes share an NVFP4 group, sixteen an FP8 block: all lanes of a warp take part in the exchanges.
+#pragma once
+
+#include "codec/fp8_block.h"
+#include "gpu/context.h"
+#include "gpu/fast_div.h"
+#include "gpu/launch.h"
+#include "gpu/ptx/copy.cuh"
+#include "gpu/ptx/sync.cuh"
+#include "ops/quantize/encode_device.cuh"
+#include "ops/quantize/quantize.h"
+
+namespace dsv4 {
+
+constexpr int kStreamThreads = 256;
+constexpr int kRowThreadsMax = 512;
+
+struct QuantizeShape {
+  uint32_t num_rows;
+  uint32_t vecs_per_row;    // cols / 8
+  uint32_t num_vecs;        // num_rows * vecs_per_row
+  uint32_t sf_matrix_rows;  // 128x4
+  gpu::FastDiv by_vecs_per_row;
+};
+
+__device__ __forceinline__ int64_t sf_position(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t group) {
+  const uint32_t num_groups = shape.vecs_per_row / 2;
+  if (out.sf_layout == SfLayout::kLinear) return int64_t{row} * num_groups + group;
+  const uint32_t matrix = row / shape.sf_matrix_rows;
+  return matrix * sf_bytes(SfLayout::k128x4, shape.sf_matrix_rows, num_groups) +
+         sf_offset_128x4(row - matrix * shape.sf_matrix_rows, group, num_groups);
+}
+
+// One vector of a row whose global scale is known. Every lane of the warp must come here; valid: this lane has a vector.
+__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t vec, bool valid,
+                                             const float (&x)[8], float global, float rcp6) {
+  const int64_t v = int64_t{row} * shape.vecs_per_row + vec;
+  if (out.y && valid) {
+    const uint4 packed = {ptx::cvt_bf16x2(x[0], x[1]), ptx::cvt_bf16x2(x[2], x[3]), ptx::cvt_bf16x2(x[4], x[5]), ptx::cvt_bf16x2(x[6], x[7])};
+    ptx::store_stream_16(reinterpret_cast<uint4*>(out.y) + v, packed);
+  }
+  if (out.format == RowFormat::kBf16) return;
+  bool has_nan;
+  float amax = amax8(x, &has_nan);
+  if (out.format == RowFormat::kNvfp4) {
+    const float amax16 = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
+    const Nvfp4GroupScale scale = nvfp4_group_scale(amax16, global, rcp6);
+    const uint32_t codes = encode_e2m1x8(x, scale.multiplier, amax, has_nan);
+    if (!valid) return;
+    reinterpret_cast<uint32_t*>(out.codes)[v] = codes;
+    if (vec % 2 == 0) {
+      const uint32_t group = vec / 2, num_groups = shape.vecs_per_row / 2;
+      const int64_t at = sf_position(out, shape, row, group);
+      out.sf[at] = static_cast<uint8_t>(scale.sf);
+      if (out.sf_layout == SfLayout::k128x4 && group + 1 == num_groups)
+        for (uint32_t pad = 1; (group + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
+    }
+  } else {
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
+    const uint32_t scale = fp8_block_scale(amax);
+    const uint2 codes = encode_e4m3x8(x, rcp_ue8m0(scale));
+    if (!valid) return;
+    reinterpret_cast<uint2*>(out.codes)[v] = codes;
+    if (vec % 16 == 0) out.sf[v / 16] = static_cast<uint8_t>(scale);
+  }
+}
+
+// Zeroes the scale rows that pad each 128x4 matrix.
+__device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const QuantizeShape& shape, uint32_t thread, uint32_t num_threads) {
+  if (out.format != RowFormat::kNvfp4 || out.sf_layout != SfLayout::k128x4) return;
+  const uint32_t num_groups = shape.vecs_per_row / 2, quads = (num_groups + 3) / 4;
+  const uint32_t pad_rows = (128 - shape.sf_matrix_rows % 128) % 128, num_matrices = shape.num_rows / shape.sf_matrix_rows;
+  for (uint32_t i = thread; i < pad_rows * quads * num_matrices; i += num_threads) {
+    const uint32_t matrix = i / (pad_rows * quads), row = shape.sf_matrix_rows + i / quads % pad_rows, quad = i % quads;
+    const int64_t at = matrix * sf_bytes(SfLayout::k128x4, shape.sf_matrix_rows, num_groups) + sf_offset_128x4(row, 4 * quad, num_groups);
+    *reinterpret_cast<uint32_t*>(out.sf + at) = 0;
+  }
+}
+
+// A CTA takes kUnroll * 256 consecutive vectors: all loads are in flight before the first is used.
+template <class Source, int kUnroll>
+__global__ void __launch_bounds__(kStreamThreads) quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
+  typename Source::Raw raw[kUnroll];
+  uint32_t rows[kUnroll], vecs[kUnroll];
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const uint32_t v = first + i * kStreamThreads;
+    rows[i] = shape.by_vecs_per_row.quotient(v);
+    vecs[i] = v - rows[i] * shape.vecs_per_row;
+    if (v < shape.num_vecs) raw[i] = source.load(rows[i], vecs[i]);
+  }
+  float global = out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
+  float rcp6 = nvfp4_rcp6({global});
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const uint32_t v = first + i * kStreamThreads;
+    if (v - threadIdx.x % 32 >= shape.num_vecs) break;  // whole warps leave together
+    const bool valid = v < shape.num_vecs;
+    float x[8] = {};
+    if (valid) {
+      source.values(raw[i], rows[i], vecs[i], x);
+      if (out.global_mode == GlobalMode::kPerRow) {
+        global = out.global[rows[i]];
+        rcp6 = nvfp4_rcp6({global});
+      }
+    }
+    write_vector(out, shape, rows[i], vecs[i], valid, x, global, rcp6);
+  }
+  zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
+}
+
+struct RowNorm {
+  const bf16* weight;  // nullptr: no norm
+  float eps;
+};
+
+// Sum (double) or maximum (float) over the CTA; every thread gets it.
+__device__ __forceinline__ double block_sum(double value, double* scratch) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  double sum = 0;
+  for (uint32_t w = 0; w < blockDim.x / 32; ++w) sum += scratch[w];
+  return sum;
+}
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  float max = 0;
+  for (uint32_t w = 0; w < blockDim.x / 32; ++w) max = fmaxf(max, scratch[w]);
+  return max;
+}
+
+// One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers.
+template <class Source, int kVecs>
+__global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape,
+                                                               const RowNorm norm) {
+  __shared__ double sum_scratch[kRowThreadsMax / 32];
+  __shared__ float max_scratch[kRowThreadsMax / 32];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const uint32_t row = blockIdx.x;
+  typename Source::Raw raw[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i)
+    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) raw[i] = source.load(row, threadIdx.x + i * blockDim.x);
+  float x[kVecs][8] = {};
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i)
+    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) source.values(raw[i], row, threadIdx.x + i * blockDim.x, x[i]);
+
+  if (norm.weight) {
+    uint4 weight[kVecs] = {};
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t vec = threadIdx.x + i * blockDim.x;
+      if (vec < shape.vecs_per_row) weight[i] = reinterpret_cast<const uint4*>(norm.weight)[vec];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum = __fma_rn(static_cast<double>(x[i][j]), static_cast<double>(x[i][j]), sum);
+    }
+    const float mean = __fdiv_rn(static_cast<float>(block_sum(sum, sum_scratch)), static_cast<float>(shape.vecs_per_row * 8));
+    const float factor = __frcp_rn(__fsqrt_rn(mean + norm.eps));
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) {
+      const uint32_t words[4] = {weight[i].x, weight[i].y, weight[i].z, weight[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t pair = ptx::cvt_bf16x2(ptx::low_bf16(words[j]) * (x[i][2 * j] * factor), ptx::high_bf16(words[j]) * (x[i][2 * j + 1] * factor));
+        x[i][2 * j] = ptx::low_bf16(pair);
+        x[i][2 * j + 1] = ptx::high_bf16(pair);
+      }
+    }
+  }
+
+  float global = 1.0f;
+  if (out.global_mode == GlobalMode::kGiven) global = out.global[0];
+  if (out.global_mode == GlobalMode::kPerRow) global = out.global[row];
+  if (out.global_mode == GlobalMode::kComputeRow) {
+    float amax = 0;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(x[i][j]));
+    global = nvfp4_global_scale(block_max(amax, max_scratch)).value;
+    if (threadIdx.x == 0) out.row_global[row] = global;
+  }
+  const float rcp6 = nvfp4_rcp6({global});
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const uint32_t vec = threadIdx.x + i * blockDim.x;
+    if (vec - threadIdx.x % 32 >= shape.vecs_per_row) break;
+    write_vector(out, shape, row, vec, vec < shape.vecs_per_row, x[i], global, rcp6);
+  }
+  zero_sf_padding(out, shape, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
+}
+
+// Checks what all quantisers share, picks the kernel, launches. kUnroll: vectors a thread has in flight in the stream kernel.
+template <int kUnroll, class Source>
+void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
+                     const GpuContext& context) {
+  DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = %lld", static_cast<long long>(cols));
+  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 8) < (int64_t{1} << 31) - 4096, "num_rows = %lld, cols = %lld: 2^31 vectors at most",
+                   static_cast<long long>(num_rows), static_cast<long long>(cols));
+  DSV4_GPU_REQUIRE(op, out.format == RowFormat::kBf16 ? out.y != nullptr : out.codes && out.sf, "an output pointer is null");
+  DSV4_GPU_REQUIRE(op, out.global_mode == GlobalMode::kOne || out.format == RowFormat::kNvfp4, "only kNvfp4 has a global scale");
+  DSV4_GPU_REQUIRE(op, out.sf_layout == SfLayout::kLinear || out.format == RowFormat::kNvfp4, "only kNvfp4 has the 128x4 layout");
+  if (num_rows == 0) return;
+  const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
+  DSV4_GPU_REQUIRE(op, num_rows % matrix_rows == 0, "num_rows = %lld is not a multiple of sf_matrix_rows = %lld", static_cast<long long>(num_rows),
+                   static_cast<long long>(matrix_rows));
+  QuantizeShape shape{};
+  shape.num_rows = static_cast<uint32_t>(num_rows);
+  shape.vecs_per_row = static_cast<uint32_t>(cols / 8);
+  shape.num_vecs = shape.num_rows * shape.vecs_per_row;
+  shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
+  shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
+  gpu::LaunchConfig config{.stream = context.stream, .dependent = context.dependent};
+  if (norm.weight || out.global_mode == GlobalMode::kComputeRow) {
+    DSV4_GPU_REQUIRE(op, cols <= 16384, "cols = %lld: at most 16384 where a row must be seen whole", static_cast<long long>(cols));
+    const uint32_t per_thread = cols <= 8192 ? 2 : 4;
+    config.grid = shape.num_rows;
+    config.block = (shape.vecs_per_row + 32 * per_thread - 1) / (32 * per_thread) * 32;
+    if (per_thread == 2)
+      gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
+    else
+      gpu::launch(quantize_row<Source, 4>, config, source, out, shape, norm);
+  } else {
+    // Few vectors: spread them over the machine instead of filling threads.
+    const bool small = shape.num_vecs < static_cast<uint32_t>(context.num_sms) * kStreamThreads * kUnroll;
+    const uint32_t per_cta = small ? kStreamThreads : kStreamThreads * kUnroll;
+    config.grid = (shape.num_vecs + per_cta - 1) / per_cta;
+    config.block = kStreamThreads;
+    if (small)
+      gpu::launch(quantize_stream<Source, 1>, config, source, out, shape);
+    else
+      gpu::launch(quantize_stream<Source, kUnroll>, config, source, out, shape);
+  }
+}
+
+}  // namespace dsv4

@@ -1,0 +1,247 @@
+// Every quantiser, format, global mode and layout: device bytes equal the CPU reference's, and no byte is left unwritten.
+#include "ops/quantize/quantize_gpu.h"
+
+#include <string>
+
+#include "gpu/gpu_test.h"
+#include "ops/moe/swiglu.h"
+
+namespace dsv4::test {
+namespace {
+
+struct Case {
+  int64_t rows, cols;
+  RowFormat format = RowFormat::kNvfp4;
+  GlobalMode global = GlobalMode::kOne;
+  SfLayout layout = SfLayout::kLinear;
+
+  std::string name() const {
+    return std::to_string(rows) + "x" + std::to_string(cols) + " format " + std::to_string(static_cast<int>(format)) + " global " +
+           std::to_string(static_cast<int>(global)) + " layout " + std::to_string(static_cast<int>(layout));
+  }
+};
+
+// All results of one quantiser call, on one side.
+struct Results {
+  std::vector<uint8_t> codes, sf;
+  std::vector<bf16> y;
+  std::vector<float> row_global;
+};
+
+int64_t code_bytes(const Case& c) { return c.format == RowFormat::kNvfp4 ? c.rows * c.cols / 2 : c.format == RowFormat::kFp8 ? c.rows * c.cols : 0; }
+
+std::vector<float> globals_for(const Case& c) {
+  std::vector<float> globals(static_cast<size_t>(c.global == GlobalMode::kPerRow ? c.rows : 1));
+  for (size_t i = 0; i < globals.size(); ++i) globals[i] = 0.013f * static_cast<float>(i % 5 + 1);
+  return globals;
+}
+
+// Runs op(out, context) on both sides with equal settings and compares everything it wrote.
+template <class Op>
+void expect_parity(Machine& machine, const Case& c, bool with_y, int64_t sf_matrix_rows, const Op& op) {
+  SCOPED_TRACE(c.name());
+  QuantizedRows out{.format = c.format, .global_mode = c.global, .sf_layout = c.layout, .sf_matrix_rows = sf_matrix_rows};
+  const std::vector<float> globals = globals_for(c);
+  const bool has_y = with_y || c.format == RowFormat::kBf16;
+  const int64_t sf_size = quantized_sf_bytes(out, c.rows, c.cols);
+
+  Results want;
+  want.codes.resize(static_cast<size_t>(code_bytes(c)));
+  want.sf.resize(static_cast<size_t>(sf_size));
+  want.y.resize(static_cast<size_t>(has_y ? c.rows * c.cols : 0));
+  want.row_global.resize(static_cast<size_t>(c.global == GlobalMode::kComputeRow ? c.rows : 0));
+  QuantizedRows host_out = out;
+  host_out.codes = want.codes.data(), host_out.sf = want.sf.data(), host_out.y = has_y ? want.y.data() : nullptr;
+  host_out.global = globals.data(), host_out.row_global = want.row_global.data();
+  op(host_out, machine.cpu);
+
+  DeviceArray<uint8_t> codes(machine, code_bytes(c)), sf(machine, sf_size);
+  DeviceArray<bf16> y(machine, static_cast<int64_t>(want.y.size()));
+  DeviceArray<float> row_global(machine, static_cast<int64_t>(want.row_global.size())), device_globals(machine, globals);
+  QuantizedRows device_out = out;
+  device_out.codes = codes.data(), device_out.sf = sf.data(), device_out.y = has_y ? y.data() : nullptr;
+  device_out.global = device_globals.data(), device_out.row_global = row_global.data();
+  op(device_out, machine.gpu);
+
+  expect_same_bytes(codes.host(), want.codes, "codes");
+  expect_same_bytes(sf.host(), want.sf, "scale factors");
+  expect_same_bytes(y.host(), want.y, "bf16 rows");
+  expect_same_bytes(row_global.host(), want.row_global, "row globals");
+}
+
+const Case kCases[] = {
+    {1, 16}, {3, 48}, {5, 4096}, {64, 4096}, {300, 7168}, {1031, 512},
+    {7, 4096, RowFormat::kNvfp4, GlobalMode::kGiven},
+    {7, 4096, RowFormat::kNvfp4, GlobalMode::kPerRow},
+    {70, 4096, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+    {9, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+    {3, 16384, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+    {3, 48, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+    {1, 16, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4},
+    {130, 80, RowFormat::kNvfp4, GlobalMode::kGiven, SfLayout::k128x4},
+    {257, 4096, RowFormat::kNvfp4, GlobalMode::kComputeRow, SfLayout::k128x4},
+    {5, 4096, RowFormat::kFp8}, {131, 128, RowFormat::kFp8}, {300, 7168, RowFormat::kFp8},
+    {5, 4096, RowFormat::kBf16}, {4000, 4096},
+};
+
+TEST(GpuQuantize, DenseBf16RowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const Case& c : kCases) {
+    const std::vector<bf16> x = to_bf16(random_rows(c.rows, c.cols, 1));
+    DeviceArray<bf16> device_x(machine, x);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
+    });
+  }
+}
+
+TEST(GpuQuantize, DenseBinary32RowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const Case& c : kCases) {
+    const std::vector<float> x = random_rows(c.rows, c.cols, 2);
+    DeviceArray<float> device_x(machine, x);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
+    });
+  }
+}
+
+TEST(GpuQuantize, RmsNormInFrontEqualsReferenceAndWritesTheNormalisedRow) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const Case& c : kCases) {
+    const std::vector<bf16> x = to_bf16(random_rows(c.rows, c.cols, 3)), weight = to_bf16(random_rows(1, c.cols, 4));
+    DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
+    expect_parity(machine, c, true, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out},
+                    context);
+    });
+  }
+}
+
+TEST(GpuQuantize, StridedRowsAndNonFiniteElementsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const GlobalMode mode : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
+    const Case c{64, 512, RowFormat::kNvfp4, mode};
+    const int64_t stride = 520;
+    std::vector<float> x = random_rows(c.rows, stride, 5);
+    for (size_t i = 0; i < x.size(); i += 37) x[i] = i % 2 ? INFINITY : NAN;
+    for (size_t i = 5; i < x.size(); i += 101) x[i] = i % 2 ? -INFINITY : 3e38f;
+    DeviceArray<float> device_x(machine, x);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, stride, out}, context);
+    });
+  }
+}
+
+TEST(GpuQuantize, ZeroRowsAreLegalAndBadShapesAreRefused) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  DeviceArray<uint8_t> bytes(machine, 4096);
+  QuantizedRows out{.codes = bytes.data(), .sf = bytes.data()};
+  EXPECT_NO_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 0, 64, 64, out}, machine.gpu));
+  EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 1, 24, 24, out}, machine.gpu), Error);
+  EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data() + 2, false, nullptr, 0, 1, 64, 64, out}, machine.gpu), Error);
+  EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, reinterpret_cast<bf16*>(bytes.data()), 0, 1, 32768, 32768, out}, machine.gpu), Error);
+  out.sf = nullptr;
+  EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 1, 64, 64, out}, machine.gpu), Error);
+}
+
+TEST(GpuSwigluQuantize, EqualsReferenceForEveryFormat) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const Case& c : kCases) {
+    std::vector<bf16> gate = to_bf16(random_rows(c.rows, c.cols, 6)), up = to_bf16(random_rows(c.rows, c.cols, 7));
+    const std::vector<float> rho = random_rows(1, c.rows, 8);
+    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+    DeviceArray<float> device_rho(machine, rho);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), kGpu ? device_rho.data() : rho.data(),
+                                         10.0f, c.rows, c.cols, c.cols, out},
+                      context);
+    });
+  }
+}
+
+// silu has 65536 bf16 inputs; u = 1 and no rho show its bits.
+TEST(GpuSwigluQuantize, EveryBf16GateGivesTheReferencesValue) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  const Case c{16, 4096, RowFormat::kBf16};
+  std::vector<bf16> gate, up(65536, encode_bf16(1.0f));
+  for (uint32_t bits = 0; bits < 65536; ++bits)  // NaN gates give a NaN of either kind: leave them out
+    gate.push_back(bf16{static_cast<uint16_t>((bits & 0x7fff) > 0x7f80 ? 0 : bits)});
+  DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+  expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+    swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, 80.0f, c.rows, c.cols, c.cols, out},
+                    context);
+  });
+}
+
+TEST(GpuInverseRopeQuantize, EqualsReferenceForEveryFormatAndBothModelSizes) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  constexpr int kHeadDim = 512, kRopeDim = 64, kPositions = 300;
+  std::vector<float> cos_sin;
+  for (int p = 0; p < kPositions; ++p)
+    for (int i = 0; i < kRopeDim; ++i) {
+      const float angle = static_cast<float>(p) * std::pow(160000.0f, -static_cast<float>(2 * (i % 32)) / 64.0f);
+      cos_sin.push_back(i < 32 ? std::cos(angle) : std::sin(angle));
+    }
+  DeviceArray<float> device_cos_sin(machine, cos_sin);
+  for (const int heads : {64, 128})
+    for (const int64_t tokens : {1, 5, 67})
+      for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kFp8, RowFormat::kBf16})
+        for (const GlobalMode global : {GlobalMode::kOne, GlobalMode::kComputeRow})
+          for (const SfLayout layout : {SfLayout::kLinear, SfLayout::k128x4}) {
+            if (format != RowFormat::kNvfp4 && (global != GlobalMode::kOne || layout != SfLayout::kLinear)) continue;
+            const Case c{tokens * heads / 8, 8 * kHeadDim, format, global, layout};
+            const std::vector<bf16> x = to_bf16(random_rows(tokens * heads, kHeadDim, 9));
+            std::vector<int32_t> positions;
+            for (int64_t t = 0; t < tokens; ++t) positions.push_back(static_cast<int32_t>((t * 97 + 3) % kPositions));
+            DeviceArray<bf16> device_x(machine, x);
+            DeviceArray<int32_t> device_positions(machine, positions);
+            expect_parity(machine, c, false, tokens, [&](const QuantizedRows& out, const auto& context) {
+              constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+              inverse_rope_quantize(InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(), kGpu ? device_cos_sin.data() : cos_sin.data(),
+                                                            kGpu ? device_positions.data() : positions.data(), tokens, heads, kHeadDim, kRopeDim, 8, out},
+                                    context);
+            });
+          }
+}
+
+// The fused kernels against their unfused twins, all on the device: operation to bf16, then quantize_rows.
+TEST(GpuInverseRopeQuantize, FusedIsBitwiseEqualToRotatingThenQuantising) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  constexpr int64_t kTokens = 33, kHeads = 64, kRows = kTokens * 8, kCols = 4096;
+  std::vector<float> cos_sin;
+  for (int p = 0; p < 64; ++p)
+    for (int i = 0; i < 64; ++i) cos_sin.push_back(i < 32 ? std::cos(0.37f * p * (i + 1)) : std::sin(0.37f * p * (i - 31)));
+  std::vector<int32_t> positions(kTokens);
+  for (int t = 0; t < kTokens; ++t) positions[t] = t;
+  DeviceArray<float> device_cos_sin(machine, cos_sin);
+  DeviceArray<int32_t> device_positions(machine, positions);
+  DeviceArray<bf16> x(machine, to_bf16(random_rows(kTokens * kHeads, 512, 10))), rotated(machine, kRows * kCols);
+  DeviceArray<uint8_t> codes(machine, kRows * kCols / 2), sf(machine, kRows * kCols / 16), twin_codes(machine, kRows * kCols / 2), twin_sf(machine, kRows * kCols / 16);
+  InverseRopeQuantizeArgs args{x.data(), device_cos_sin.data(), device_positions.data(), kTokens, kHeads, 512, 64, 8, {}};
+  args.out = QuantizedRows{.codes = codes.data(), .sf = sf.data()};
+  inverse_rope_quantize(args, machine.gpu);
+  args.out = QuantizedRows{.format = RowFormat::kBf16, .y = rotated.data()};
+  inverse_rope_quantize(args, machine.gpu);
+  quantize_rows(QuantizeArgs{rotated.data(), false, nullptr, 0, kRows, kCols, kCols, QuantizedRows{.codes = twin_codes.data(), .sf = twin_sf.data()}}, machine.gpu);
+  expect_same_bytes(codes.host(), twin_codes.host(), "codes");
+  expect_same_bytes(sf.host(), twin_sf.host(), "scale factors");
+}
+
+}  // namespace
+}  // namespace dsv4::test
