@@ -75,6 +75,30 @@ INSTANTIATE_TEST_SUITE_P(Formats, GemmParity, testing::Combine(testing::ValuesIn
                            return format_name(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_bf16_x" : "_f32_x");
                          });
 
+TEST(Gemm, Nvfp4ActivationsAreBitwiseEqualToReference) {
+  std::mt19937 rng(10);
+  for (const Shape& shape : kShapes) {
+    OwnedWeight owned = random_weight(rng, WeightFormat::kNvfp4, shape.rows, shape.cols);
+    for (int64_t num_tokens = 1; num_tokens <= 30; num_tokens += num_tokens < 13 ? 1 : 16) {
+      const std::vector<float> x = random_floats(rng, num_tokens * shape.cols, 1.0f, false);
+      for (CpuIsa isa : vector_isas()) {
+        Weight packed = owned.weight;
+        pack(packed, isa);
+        for (const Weight* w : {&owned.weight, &packed}) {
+          std::vector<std::vector<float>> results;
+          for (CpuIsa which : {CpuIsa::kReference, isa}) {
+            ThreadPool pool(2);
+            results.emplace_back(num_tokens * shape.rows);
+            gemm({x.data(), w, results.back().data(), num_tokens, shape.cols, shape.rows, false, false, true}, {pool, which});
+          }
+          ASSERT_EQ(0, std::memcmp(results[0].data(), results[1].data(), results[0].size() * 4))
+              << cpu_isa_name(isa) << " " << shape.rows << "x" << shape.cols << " tokens " << num_tokens;
+        }
+      }
+    }
+  }
+}
+
 TEST(Gemm, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
   std::mt19937 rng(2);
   constexpr int64_t kTokens = 150;

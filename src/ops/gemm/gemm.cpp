@@ -20,6 +20,7 @@ void check_args(const GemmArgs& args) {
   DSV4_CHECK(w.rows >= 0 && w.cols >= 0, "weight [{}, {}]", w.rows, w.cols);
   DSV4_CHECK(args.x_stride >= w.cols, "x_stride = {} for {} columns", args.x_stride, w.cols);
   DSV4_CHECK(args.y_stride >= w.rows, "y_stride = {} for {} rows", args.y_stride, w.rows);
+  DSV4_CHECK(!args.x_to_nvfp4 || w.format == WeightFormat::kNvfp4, "nvfp4 activations need an nvfp4 weight");
   if (args.num_tokens == 0 || w.rows == 0) return;
   DSV4_CHECK(args.y != nullptr && (args.x != nullptr || w.cols == 0), "null x or y");
   DSV4_CHECK(w.data != nullptr || w.cols == 0, "weight without data");

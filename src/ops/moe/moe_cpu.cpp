@@ -1,10 +1,9 @@
-// moe, reference: token by token, expert by expert, in the order of moe.h. Sums in double, a4 in exact integer groups.
+// moe, reference: token by token, expert by expert, in the order of moe.h. The GEMMs are gemm's reference.
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "codec/nvfp4.h"
 #include "ops/gemm/gemm_backends.h"
 #include "ops/moe/moe_backends.h"
 #include "ops/moe/swiglu.h"
@@ -12,50 +11,9 @@
 namespace dsv4 {
 namespace {
 
-// One row of activations under the run-time rule, its own global.
-struct Nvfp4Row {
-  std::vector<Nvfp4Group> groups;
-  GlobalScale global{1.0f};
-};
-
-Nvfp4Row quantize_row(const float* x, int64_t count) {
-  Nvfp4Row row;
-  row.global = nvfp4_global_scale(group_amax(x, static_cast<int>(count)));
-  const float rcp6 = nvfp4_rcp6(row.global);
-  for (int64_t k = 0; k < count; k += kNvfp4GroupSize)
-    row.groups.push_back(encode_nvfp4_runtime_group(x + k, row.global, rcp6));
-  return row;
-}
-
-// Exact integer dot product of the doubled codes of one group.
-int group_dot(const uint8_t* a, const uint8_t* b) {
-  int sum = 0;
-  for (int j = 0; j < kNvfp4GroupSize / 2; ++j) {
-    sum += decode_e2m1_doubled(e2m1x2_even(a[j])) * decode_e2m1_doubled(e2m1x2_even(b[j]));
-    sum += decode_e2m1_doubled(e2m1x2_odd(a[j])) * decode_e2m1_doubled(e2m1x2_odd(b[j]));
-  }
-  return sum;
-}
-
-float dot_a4(const Nvfp4Row& x, const WeightView& w, int64_t row) {
-  const int64_t num_groups = w.cols / kNvfp4GroupSize;
-  const uint8_t* codes = static_cast<const uint8_t*>(w.data) + row * (w.cols / 2);
-  float sum = 0.0f;
-  for (int64_t g = 0; g < num_groups; ++g) {
-    const float scale = decode_ue4m3(x.groups[g].sf) * decode_ue4m3(w.sf[row * num_groups + g]);
-    sum += static_cast<float>(group_dot(x.groups[g].codes, codes + g * (kNvfp4GroupSize / 2))) * scale;
-  }
-  return sum * (x.global.value * w.global.value * 0.25f);
-}
-
 // y = w x for one row of activations, in the number format of the expert's GEMMs.
 void expert_matvec(const float* x, const Weight& w, bool a4, bool round_output, float* y, const CpuContext& context) {
-  if (!a4) {
-    gemm_reference({x, &w, y, 1, w.view.cols, w.view.rows, round_output}, context);
-    return;
-  }
-  const Nvfp4Row quantized = quantize_row(x, w.view.cols);
-  context.pool.parallel_for(w.view.rows, [&](int64_t row) { y[row] = round_bf16(dot_a4(quantized, w.view, row)); });
+  gemm_reference({x, &w, y, 1, w.view.cols, w.view.rows, round_output, false, a4}, context);
 }
 
 struct Scratch {

@@ -20,7 +20,8 @@ namespace dsv4::sm90 {
 struct TiledTraits {
   static constexpr int kMathWarpgroups = 2, kStripsPerGroup = 2;
   static constexpr int kStrips = kMathWarpgroups * kStripsPerGroup;  // 256 weight rows a task
-  static constexpr int kThreads = 128 * kMathWarpgroups + 64;
+  static constexpr int kThreads = 128 * (kMathWarpgroups + 1);
+  static constexpr int kMathRegisters = 224, kOtherRegisters = 56;
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
@@ -219,7 +220,9 @@ template <int kN>
 __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task, const TiledWork& work,
                                            TiledRing<TiledTraits::kStages>& at) {
   using T = TiledTraits;
-  const int group = threadIdx.x / 128, warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32, thread = threadIdx.x % 128;
+  int tid;  // volatile: keeps addresses of 16 instances from being hoisted, which costs registers and serialises wgmma
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+  const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
   float sum[2][kN / 2];
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -275,14 +278,19 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, TiledShared
   TiledRing<T::kStages> at;
   for (TiledTask task = tiled_next<true>(shared, task_at); task.tile >= 0; task = tiled_next<true>(shared, task_at)) {
     const TiledWork work = tiled_work(args, task);
-    switch (task.padded / 8) {
-#define DSV4_MOE_TILE(n) \
-  case n: tiled_task<8 * n>(args, shared, task, work, at); break;
+    // Compared one by one through an opaque copy: a jump table makes ptxas serialise every wgmma of the kernel (C7512).
+    const auto rows_are = [&](int rows) {
+      int n;
+      asm volatile("mov.u32 %0, %1;" : "=r"(n) : "r"(task.padded));
+      return n == rows;
+    };
+    if (false) {
+    }
+#define DSV4_MOE_TILE(n) else if (rows_are(8 * n)) tiled_task<8 * n>(args, shared, task, work, at);
       DSV4_MOE_TILE(1) DSV4_MOE_TILE(2) DSV4_MOE_TILE(3) DSV4_MOE_TILE(4) DSV4_MOE_TILE(5) DSV4_MOE_TILE(6) DSV4_MOE_TILE(7)
       DSV4_MOE_TILE(8) DSV4_MOE_TILE(9) DSV4_MOE_TILE(10) DSV4_MOE_TILE(11) DSV4_MOE_TILE(12) DSV4_MOE_TILE(13) DSV4_MOE_TILE(14)
       DSV4_MOE_TILE(15) DSV4_MOE_TILE(16)
 #undef DSV4_MOE_TILE
-    }
     if (!task.is_fc2) {
       fence_proxy_async_all();  // h: ordinary stores here, copy engine there
       ptx::named_barrier_sync(1, 128 * T::kMathWarpgroups);
@@ -311,12 +319,12 @@ __global__ void __launch_bounds__(TiledTraits::kThreads, 1)
   __syncthreads();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int warp = threadIdx.x / 32;
-  if (warp == 4 * T::kMathWarpgroups) {
-    if (threadIdx.x % 32 == 0) tiled_load_weights(args, shared, phase);
-  } else if (warp == 4 * T::kMathWarpgroups + 1) {
-    if (threadIdx.x % 32 == 0) tiled_load_rows(args, shared, phase);
+  if (threadIdx.x >= 128 * T::kMathWarpgroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kOtherRegisters));
+    if (threadIdx.x == 128 * T::kMathWarpgroups) tiled_load_weights(args, shared, phase);
+    if (threadIdx.x == 128 * T::kMathWarpgroups + 32) tiled_load_rows(args, shared, phase);
   } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
     tiled_math(args, shared);
   }
 }
