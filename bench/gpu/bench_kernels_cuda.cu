@@ -24,11 +24,15 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(uint4* to, const uint4* 
 __global__ void __launch_bounds__(512) read_kernel(const uint4* from, int64_t count, uint32_t* sink) {
   const int64_t chunk = (count + gridDim.x - 1) / gridDim.x, end = min(count, (blockIdx.x + 1) * chunk);
   uint32_t sum = 0;
-#pragma unroll 8
-  for (int64_t i = blockIdx.x * chunk + threadIdx.x; i < end; i += 512) {
-    const uint4 v = ptx::load_stream_16(from + i);
-    sum ^= v.x ^ v.y ^ v.z ^ v.w;
+  int64_t i = blockIdx.x * chunk + threadIdx.x;
+  for (; i + 7 * 512 < end; i += 8 * 512) {
+    uint4 v[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = ptx::load_stream_16(from + i + j * 512);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
+  for (; i < end; i += 512) sum ^= ptx::load_stream_16(from + i).x;
   if (sum == 0x12345678u) *sink = sum;
 }
 

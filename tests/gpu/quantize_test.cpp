@@ -4,7 +4,6 @@
 #include <string>
 
 #include "gpu/gpu_test.h"
-#include "ops/moe/swiglu.h"
 
 namespace dsv4::test {
 namespace {
@@ -171,20 +170,25 @@ TEST(GpuSwigluQuantize, EqualsReferenceForEveryFormat) {
   }
 }
 
-// silu has 65536 bf16 inputs; u = 1 and no rho show its bits.
-TEST(GpuSwigluQuantize, EveryBf16GateGivesTheReferencesValue) {
+// silu has 65536 bf16 inputs. One element a row and u = 2688: the row's global is |silu(g)| in binary32, the code its sign.
+TEST(GpuSwigluQuantize, EveryBf16GateGivesTheReferencesBits) {
   DSV4_NEEDS_GPU();
   Machine machine;
-  const Case c{16, 4096, RowFormat::kBf16};
-  std::vector<bf16> gate, up(65536, encode_bf16(1.0f));
-  for (uint32_t bits = 0; bits < 65536; ++bits)  // NaN gates give a NaN of either kind: leave them out
-    gate.push_back(bf16{static_cast<uint16_t>((bits & 0x7fff) > 0x7f80 ? 0 : bits)});
-  DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
-  expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
-    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-    swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, 80.0f, c.rows, c.cols, c.cols, out},
-                    context);
-  });
+  for (const float sign : {1.0f, -1.0f}) {
+    const Case c{32768, 16, RowFormat::kNvfp4, GlobalMode::kComputeRow};
+    std::vector<bf16> gate(static_cast<size_t>(c.rows * c.cols), bf16{0}), up(gate.size(), encode_bf16(1.0f));
+    for (uint32_t bits = 0; bits < 32768; ++bits)
+      gate[bits * 16 + bits % 16] = encode_bf16(sign * decode_bf16(bf16{static_cast<uint16_t>(bits)}));
+    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+    const std::vector<float> rho(static_cast<size_t>(c.rows), 2688.0f);
+    DeviceArray<float> device_rho(machine, rho);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), kGpu ? device_rho.data() : rho.data(), 80.0f,
+                                         c.rows, c.cols, c.cols, out},
+                      context);
+    });
+  }
 }
 
 TEST(GpuInverseRopeQuantize, EqualsReferenceForEveryFormatAndBothModelSizes) {

@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const float (&x)[8], float mul
     // At 7 and above the steps of [4, 6] leave the code's 3 bits; NaN fails the comparison too.
     if (has_nan || !(__fmul_rn(amax, multiplier) < 7.0f)) {
       uint32_t result = 0;
-#pragma unroll 1
+#pragma unroll  // a rolled loop would index x and move it to local memory for every vector
       for (int i = 0; i < 8; ++i) result |= static_cast<uint32_t>(encode_e2m1(__fmul_rn(x[i], multiplier))) << (4 * i);
       return result;
     }

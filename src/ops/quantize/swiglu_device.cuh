@@ -20,7 +20,8 @@ __device__ __forceinline__ float silu_device(float g) {
   const float n = shifted - c::kRoundMagic;
   float r = __fmaf_rn(-n, c::kLn2High, t);
   r = r - n * c::kLn2Low;
-  float p = c::kC6;
+  float p = c::kC7;
+  p = p * r + c::kC6;
   p = p * r + c::kC5;
   p = p * r + c::kC4;
   p = p * r + c::kC3;
