@@ -136,7 +136,7 @@ class CheckpointReader {
     for (const auto& [tensor, shard] : shard_of) {
       if (!shards.insert(shard).second) continue;
       if (!is_plain_file_name(shard)) {
-        problem("{}: tensor {} is in \"{}\", expected the name of a file in the folder", index_path, tensor, shard);
+        problem("{}: tensor {} is in {}, expected the name of a file in the folder", index_path, tensor, quoted_name(shard));
         complete = false;
       } else if (!is_present(folder_ / shard)) {
         problem("{}: shard {} is missing (it holds {}, among others)", index_path, (folder_ / shard).string(), tensor);
@@ -154,6 +154,7 @@ class CheckpointReader {
     if (map == index.end() || !map->is_object()) throw_bad_input("{}: no \"weight_map\" object", path);
     std::map<std::string, std::string> shard_of;
     for (const auto& [tensor, shard] : map->items()) {
+      check_tensor_name(tensor, path);
       if (!shard.is_string()) throw_bad_input("{}: weight_map entry \"{}\" is not a string", path, tensor);
       shard_of.emplace(tensor, shard.get<std::string>());
     }
@@ -179,12 +180,12 @@ class CheckpointReader {
   CheckpointAttempt attempt_;
 };
 
-const TensorView* Checkpoint::find(std::string_view name) const {
+const TensorView* Checkpoint::find(std::string_view name) const& {
   const auto it = by_name_.find(name);
   return it == by_name_.end() ? nullptr : it->second.tensor;
 }
 
-const TensorView& Checkpoint::at(std::string_view name) const {
+const TensorView& Checkpoint::at(std::string_view name) const& {
   const TensorView* tensor = find(name);
   if (tensor == nullptr) throw_bad_input("{}: no tensor \"{}\"", folder_, name);
   return *tensor;

@@ -50,14 +50,18 @@ class Checkpoint {
   const GenerationDefaults& generation_defaults() const { return generation_; }
 
   const std::vector<std::unique_ptr<SafetensorsFile>>& files() const { return files_; }
-  const TensorView* find(std::string_view name) const;
+  // Views live as long as the checkpoint; so none is given by a temporary one.
+  const TensorView* find(std::string_view name) const&;
+  const TensorView* find(std::string_view name) && = delete;
   // Throws bad input naming the folder and tensor if absent.
-  const TensorView& at(std::string_view name) const;
+  const TensorView& at(std::string_view name) const&;
+  const TensorView& at(std::string_view name) && = delete;
   // The file that holds it, for messages; the folder if absent.
   const std::string& file_of(std::string_view name) const;
   // "layers.0.attn.wq_a" -> its stored form. Throws if absent or inconsistent. The scale bytes are not read: loaders call
   // validate_scales (checkpoint/stored_matrix.h).
-  StoredMatrix matrix(std::string_view name_without_weight) const;
+  StoredMatrix matrix(std::string_view name_without_weight) const&;
+  StoredMatrix matrix(std::string_view name_without_weight) && = delete;
 
  private:
   friend class CheckpointReader;

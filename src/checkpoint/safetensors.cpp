@@ -22,6 +22,13 @@ struct Placed {
   uint64_t end;
 };
 
+// A value for a message, cut when long.
+std::string shown(const Json& value) {
+  std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  if (text.size() > 60) text = text.substr(0, 57) + "...";
+  return text;
+}
+
 std::optional<uint64_t> as_unsigned(const Json& value) {
   // nlohmann stores every non-negative integer literal that fits 64 bits as unsigned; all else is a wrong type here.
   if (!value.is_number_unsigned()) return std::nullopt;
@@ -35,7 +42,7 @@ const Json& member(const Json& entry, const char* key, const std::string& source
 }
 
 Shape parse_shape(const Json& value, const std::string& source, const std::string& name) {
-  if (!value.is_array()) throw_bad_input("{}: shape of tensor \"{}\" is not a list: {}", source, name, value.dump());
+  if (!value.is_array()) throw_bad_input("{}: shape of tensor \"{}\" is not a list: {}", source, name, shown(value));
   if (value.size() > kMaxRank)
     throw_bad_input("{}: tensor \"{}\" has {} dimensions, at most {} are accepted", source, name, value.size(), kMaxRank);
   Shape shape;
@@ -43,7 +50,7 @@ Shape parse_shape(const Json& value, const std::string& source, const std::strin
     const auto size = as_unsigned(extent);
     if (!size || *size > static_cast<uint64_t>(INT64_MAX))
       throw_bad_input("{}: shape of tensor \"{}\" has the extent {}, expected an integer from 0 to 2^63-1", source, name,
-                      extent.dump());
+                      shown(extent));
     shape.push_back(static_cast<int64_t>(*size));
   }
   return shape;
@@ -63,7 +70,7 @@ uint64_t checked_bytes(const Shape& shape, DType dtype, const std::string& sourc
 void parse_metadata(const Json& value, const std::string& source, std::map<std::string, std::string>& metadata) {
   if (!value.is_object()) throw_bad_input("{}: {} is not an object", source, kMetadataKey);
   for (const auto& [key, text] : value.items()) {
-    if (!text.is_string()) throw_bad_input("{}: {} entry \"{}\" is not a string: {}", source, kMetadataKey, key, text.dump());
+    if (!text.is_string()) throw_bad_input("{}: {} entry {} is not a string", source, kMetadataKey, quoted_name(key));
     metadata.emplace(key, text.get<std::string>());
   }
 }
@@ -91,6 +98,19 @@ void check_tiling(std::vector<Placed>& placed, uint64_t data_bytes, const std::s
 
 }  // namespace
 
+std::string quoted_name(const std::string& name) {
+  std::string text = Json(name.substr(0, 200)).dump(-1, ' ', false, Json::error_handler_t::replace);
+  if (name.size() > 200) text += fmt::format("... ({} bytes)", name.size());
+  return text;
+}
+
+void check_tensor_name(const std::string& name, const std::string& source) {
+  const bool has_control = std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+  if (name.empty() || has_control || name.size() > kMaxTensorNameBytes)
+    throw_bad_input("{}: tensor name {}: expected 1 to {} bytes without control characters", source, quoted_name(name),
+                    kMaxTensorNameBytes);
+}
+
 SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::string& source) {
   if (file.size() < kLengthBytes)
     throw_bad_input("{}: file of {} bytes is too short for the 8-byte header length", source, file.size());
@@ -117,10 +137,11 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::
       parse_metadata(entry, source, header.metadata);
       continue;
     }
+    check_tensor_name(name, source);
     if (!entry.is_object()) throw_bad_input("{}: header entry of tensor \"{}\" is not an object", source, name);
     const Json& dtype_json = member(entry, "dtype", source, name);
     const auto dtype = dtype_json.is_string() ? dtype_from_name(dtype_json.get_ref<const std::string&>()) : std::nullopt;
-    if (!dtype) throw_bad_input("{}: tensor \"{}\" has the unknown dtype {}", source, name, dtype_json.dump());
+    if (!dtype) throw_bad_input("{}: tensor \"{}\" has the unknown dtype {}", source, name, shown(dtype_json));
     Shape shape = parse_shape(member(entry, "shape", source, name), source, name);
     const uint64_t bytes = checked_bytes(shape, *dtype, source, name);
 
@@ -129,8 +150,8 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::
     const auto end = offsets.is_array() && offsets.size() == 2 ? as_unsigned(offsets[1]) : std::nullopt;
     if (!begin || !end)
       throw_bad_input("{}: data_offsets of tensor \"{}\" are {}, expected two non-negative integers", source, name,
-                      offsets.dump());
-    if (*begin > *end) throw_bad_input("{}: data_offsets of tensor \"{}\" are reversed: {}", source, name, offsets.dump());
+                      shown(offsets));
+    if (*begin > *end) throw_bad_input("{}: data_offsets of tensor \"{}\" are reversed: {}", source, name, shown(offsets));
     if (*end > data_bytes)
       throw_bad_input("{}: tensor \"{}\" ends at offset {} but the file holds {} bytes of data (truncated?)", source, name,
                       *end, data_bytes);

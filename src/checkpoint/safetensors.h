@@ -23,6 +23,13 @@ namespace dsv4 {
 constexpr uint64_t kMaxSafetensorsHeaderBytes = 100'000'000;  // the limit the format states
 constexpr uint64_t kMaxRealignedBytes = 1ull << 30;
 
+constexpr size_t kMaxTensorNameBytes = 1024;
+
+// A name from a file for a message: quoted, control characters escaped, cut when long.
+std::string quoted_name(const std::string& name);
+// Refuses empty names, names with control characters and names over kMaxTensorNameBytes: they end up in messages.
+void check_tensor_name(const std::string& name, const std::string& source);
+
 // What a file's bytes say, checked; views point into the bytes that were parsed and may be misaligned.
 struct SafetensorsHeader {
   std::map<std::string, TensorView, std::less<>> tensors;

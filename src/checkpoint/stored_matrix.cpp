@@ -249,7 +249,7 @@ void validate_expert_table(std::string_view name, const TensorView& table, int n
   if (const auto problem = find_expert_table_problem(name, table, num_experts)) throw_bad_input("{}", *problem);
 }
 
-StoredMatrix Checkpoint::matrix(std::string_view name_without_weight) const {
+StoredMatrix Checkpoint::matrix(std::string_view name_without_weight) const& {
   MatrixSearch search = search_matrix(*this, name_without_weight);
   if (!search.problem.empty()) throw_bad_input("{}: {}", folder_, search.problem);
   return std::move(search.matrix);
