@@ -22,13 +22,40 @@ constexpr uint64_t kCopyBytes = 32ull << 20;
 int64_t rows_per_chunk(const StoredMatrix& matrix) {
   return std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, matrix.cols));
 }
-int64_t chunks_per_window(const StoredMatrix& matrix, int64_t chunk_rows) {
-  return std::max<int64_t>(1, kWindowElements / std::max<int64_t>(1, matrix.cols * chunk_rows));
+int64_t rows_per_window(const StoredMatrix& matrix, int64_t chunk_rows) {
+  return chunk_rows * std::max<int64_t>(1, kWindowElements / std::max<int64_t>(1, matrix.cols * chunk_rows));
 }
 
 void require_finite(const StoredMatrix& matrix, int64_t row, const float* values) {
   if (!all_finite(values, matrix.cols))
     throw_bad_input("{}: row {} holds a NaN or an infinity: it has no scale", matrix.name, row);
+}
+
+struct Fp8Block {
+  int64_t rows, cols;  // up to 128
+  int64_t stride;      // of both the weights and the codes
+};
+
+// Returns the ue8m0 scale.
+uint8_t encode_fp8_weight_block(const float* w, const Fp8Block& block, uint8_t* codes, GroupLoss& loss) {
+  float amax = 0.0f;
+  for (int64_t r = 0; r < block.rows; ++r)
+    amax = std::max(amax, group_amax(w + r * block.stride, static_cast<int>(block.cols)));
+  const uint8_t scale = fp8_block_scale(amax);
+  int any = 0;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    for (int64_t k = 0; k < block.cols; ++k) {
+      const float value = w[r * block.stride + k];
+      const uint8_t code = encode_fp8_block_element(value, scale);
+      codes[r * block.stride + k] = code;
+      any |= code & 0x7f;
+      const double difference = static_cast<double>(value) - decode_fp8_block_element(code, scale);
+      loss.error_sq += difference * difference;
+      loss.norm_sq += static_cast<double>(value) * value;
+    }
+  }
+  loss.num_zeroed += amax > 0.0f && any == 0;
+  return scale;
 }
 
 // Scale factors of a cast row: group j's exponent relative to the largest. Groups of zeros may have any exponent and do not
@@ -49,30 +76,30 @@ ShardEncoder::ShardEncoder(const Checkpoint& checkpoint, const QuantizePlan& pla
                            OnBytes on_bytes)
     : plan_(plan), rule_(rule), pool_(pool), on_bytes_(std::move(on_bytes)), pages_(checkpoint) {}
 
-template <class Body, class AfterWindow>
-void ShardEncoder::for_windows(int64_t rows, int64_t chunk_rows, int64_t window_chunks, const Body& body,
-                               const AfterWindow& after_window) {
-  const int64_t window_rows = chunk_rows * window_chunks;
-  for (int64_t first = 0; first < rows; first += window_rows) {
-    const int64_t last = std::min(rows, first + window_rows);
-    pool_.parallel_for(ceil_div(last - first, chunk_rows), [&](int64_t chunk) {
+template <class Partial, class Body, class After>
+Partial ShardEncoder::for_windows(const StoredMatrix& matrix, int64_t chunk_rows, const Body& body, const After& after) {
+  const int64_t window_rows = rows_per_window(matrix, chunk_rows);
+  std::vector<Partial> found(static_cast<size_t>(ceil_div(std::min(window_rows, matrix.rows), chunk_rows)));
+  Partial sum;
+  for (int64_t first = 0; first < matrix.rows; first += window_rows) {
+    const int64_t last = std::min(matrix.rows, first + window_rows);
+    const int64_t num_chunks = ceil_div(last - first, chunk_rows);
+    pool_.parallel_for(num_chunks, [&](int64_t chunk) {
       const int64_t begin = first + chunk * chunk_rows;
-      body(chunk, begin, std::min(last, begin + chunk_rows));
+      found[static_cast<size_t>(chunk)] = body(first, begin, std::min(last, begin + chunk_rows));
     });
-    after_window(first, last);
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) sum.add(found[static_cast<size_t>(chunk)]);
+    after(first, last);
   }
+  return sum;
 }
 
 AmaxRange ShardEncoder::scan_amax(const MatrixJob& job) {
   const StoredMatrix& m = job.matrix;
   validate_scales(m);
-  const int64_t chunk_rows = rows_per_chunk(m);
-  const int64_t window_chunks = chunks_per_window(m, chunk_rows);
-  std::vector<AmaxRange> ranges(static_cast<size_t>(window_chunks));
-  AmaxRange all;
-  for_windows(
-      m.rows, chunk_rows, window_chunks,
-      [&](int64_t chunk, int64_t begin, int64_t end) {
+  return for_windows<AmaxRange>(
+      m, rows_per_chunk(m),
+      [&](int64_t, int64_t begin, int64_t end) {
         std::vector<float> row(static_cast<size_t>(m.cols));
         AmaxRange range;
         for (int64_t r = begin; r < end; ++r) {
@@ -80,43 +107,36 @@ AmaxRange ShardEncoder::scan_amax(const MatrixJob& job) {
           require_finite(m, r, row.data());
           range.add(group_amax_range(row.data(), m.cols / kNvfp4GroupSize));
         }
-        ranges[static_cast<size_t>(chunk)] = range;
+        return range;
       },
       [&](int64_t first, int64_t last) {
-        for (int64_t chunk = 0; chunk < ceil_div(last - first, chunk_rows); ++chunk) all.add(ranges[static_cast<size_t>(chunk)]);
-        if (last - first < m.rows) pages_.release_rows(m, first, last);
+        if (last - first < m.rows) pages_.release_rows(m, first, last);  // small ones are encoded next: keep their pages
       });
-  return all;
+}
+
+void ShardEncoder::Mxfp4Range::add(const Mxfp4Range& other) {
+  max_byte = std::max(max_byte, other.max_byte);
+  min_byte = std::min(min_byte, other.min_byte);
 }
 
 ShardEncoder::Mxfp4Range ShardEncoder::scan_mxfp4(const MatrixJob& job) {
   const StoredMatrix& m = job.matrix;
   validate_scales(m);
   const int64_t groups = m.cols / kMxfp4GroupSize;
-  const int64_t chunk_rows = rows_per_chunk(m);
-  const int64_t window_chunks = chunks_per_window(m, chunk_rows);
-  std::vector<Mxfp4Range> ranges(static_cast<size_t>(window_chunks));
-  Mxfp4Range all;
-  for_windows(
-      m.rows, chunk_rows, window_chunks,
-      [&](int64_t chunk, int64_t begin, int64_t end) {
+  return for_windows<Mxfp4Range>(
+      m, rows_per_chunk(m),
+      [&](int64_t, int64_t begin, int64_t end) {
         Mxfp4Range range;
         for (int64_t i = begin * groups; i < end * groups; ++i) {
           if (mxfp4_group_is_zero(m.weight.as<uint8_t>() + i * (kMxfp4GroupSize / 2))) continue;
           const int byte = m.scale.as<uint8_t>()[i];
-          range.max_byte = std::max(range.max_byte, byte);
-          range.min_byte = std::min(range.min_byte, byte);
+          range.add({byte, byte});
         }
-        ranges[static_cast<size_t>(chunk)] = range;
+        return range;
       },
       [&](int64_t first, int64_t last) {
-        for (int64_t chunk = 0; chunk < ceil_div(last - first, chunk_rows); ++chunk) {
-          all.max_byte = std::max(all.max_byte, ranges[static_cast<size_t>(chunk)].max_byte);
-          all.min_byte = std::min(all.min_byte, ranges[static_cast<size_t>(chunk)].min_byte);
-        }
         if (last - first < m.rows) pages_.release_rows(m, first, last);
       });
-  return all;
 }
 
 int64_t ShardEncoder::count_groups_below(const MatrixJob& job, int min_byte) {
@@ -189,35 +209,29 @@ void ShardEncoder::write_nvfp4_codes(const OutputTensor& tensor, SafetensorsWrit
   sf.resize(static_cast<size_t>(m.rows * groups));
 
   const int64_t chunk_rows = rows_per_chunk(m);
-  const int64_t window_chunks = chunks_per_window(m, chunk_rows);
-  std::vector<GroupLoss> losses(static_cast<size_t>(window_chunks));
-  std::vector<uint8_t> codes(static_cast<size_t>(std::min(m.rows, chunk_rows * window_chunks) * code_bytes));
-  GroupLoss total;
-  for (int64_t first = 0; first < m.rows;) {
-    const int64_t last = std::min(m.rows, first + chunk_rows * window_chunks);
-    pool_.parallel_for(ceil_div(last - first, chunk_rows), [&](int64_t chunk) {
-      const int64_t begin = first + chunk * chunk_rows;
-      const int64_t end = std::min(last, begin + chunk_rows);
-      std::vector<float> row(static_cast<size_t>(m.cols));
-      GroupLoss loss;
-      for (int64_t r = begin; r < end; ++r) {
-        uint8_t* row_codes = codes.data() + (r - first) * code_bytes;
-        uint8_t* row_sf = sf.data() + r * groups;
-        if (common.is_cast) {
-          std::memcpy(row_codes, m.weight.data + r * code_bytes, static_cast<size_t>(code_bytes));
-          cast_mxfp4_row(m, r, common.max_byte, row_sf);
-        } else {
-          decode_row(m, r, row.data());
-          loss.add(encode_groups(row.data(), groups, common.global, rule_, row_codes, row_sf));
+  std::vector<uint8_t> codes(static_cast<size_t>(std::min(m.rows, rows_per_window(m, chunk_rows)) * code_bytes));
+  const auto total = for_windows<GroupLoss>(
+      m, chunk_rows,
+      [&](int64_t first, int64_t begin, int64_t end) {
+        std::vector<float> row(static_cast<size_t>(m.cols));
+        GroupLoss loss;
+        for (int64_t r = begin; r < end; ++r) {
+          uint8_t* row_codes = codes.data() + (r - first) * code_bytes;
+          uint8_t* row_sf = sf.data() + r * groups;
+          if (common.is_cast) {
+            std::memcpy(row_codes, m.weight.data + r * code_bytes, static_cast<size_t>(code_bytes));
+            cast_mxfp4_row(m, r, common.max_byte, row_sf);
+          } else {
+            decode_row(m, r, row.data());
+            loss.add(encode_groups(row.data(), groups, common.global, rule_, row_codes, row_sf));
+          }
         }
-      }
-      losses[static_cast<size_t>(chunk)] = loss;
-    });
-    for (int64_t chunk = 0; chunk < ceil_div(last - first, chunk_rows); ++chunk) total.add(losses[static_cast<size_t>(chunk)]);
-    put(tensor, writer, codes.data(), static_cast<uint64_t>((last - first) * code_bytes));
-    pages_.release_rows(m, first, last);
-    first = last;
-  }
+        return loss;
+      },
+      [&](int64_t first, int64_t last) {
+        put(tensor, writer, codes.data(), static_cast<uint64_t>((last - first) * code_bytes));
+        pages_.release_rows(m, first, last);
+      });
   count_matrix(tensor.job, total, m.rows * groups);
   if (common.num_beyond_window > 0)
     notes_.push_back(fmt::format(
@@ -234,51 +248,28 @@ void ShardEncoder::write_fp8_codes(const OutputTensor& tensor, SafetensorsWriter
   std::vector<uint8_t>& scales = scales_[tensor.job];
   scales.resize(static_cast<size_t>(ceil_div(m.rows, kFp8WeightBlock) * block_cols));
 
-  // A chunk is one strip of blocks: 128 rows.
-  const int64_t window_chunks = chunks_per_window(m, kFp8WeightBlock);
-  std::vector<GroupLoss> losses(static_cast<size_t>(window_chunks));
-  std::vector<uint8_t> codes(static_cast<size_t>(std::min(m.rows, kFp8WeightBlock * window_chunks) * m.cols));
-  GroupLoss total;
-  for (int64_t first = 0; first < m.rows;) {
-    const int64_t last = std::min(m.rows, first + kFp8WeightBlock * window_chunks);
-    const int64_t num_strips = ceil_div(last - first, kFp8WeightBlock);
-    pool_.parallel_for(num_strips, [&](int64_t strip) {
-      const int64_t begin = first + strip * kFp8WeightBlock;
-      const int64_t end = std::min(last, begin + kFp8WeightBlock);
-      std::vector<float> rows(static_cast<size_t>((end - begin) * m.cols));
-      for (int64_t r = begin; r < end; ++r) {
-        decode_row(m, r, rows.data() + (r - begin) * m.cols);
-        require_finite(m, r, rows.data() + (r - begin) * m.cols);
-      }
-      GroupLoss loss;
-      for (int64_t block = 0; block < block_cols; ++block) {
-        const int64_t k_begin = block * kFp8WeightBlock;
-        const int count = static_cast<int>(std::min<int64_t>(kFp8WeightBlock, m.cols - k_begin));
-        float amax = 0.0f;
-        for (int64_t r = 0; r < end - begin; ++r) amax = std::max(amax, group_amax(rows.data() + r * m.cols + k_begin, count));
-        const uint8_t scale = fp8_block_scale(amax);
-        bool any = false;
-        for (int64_t r = 0; r < end - begin; ++r) {
-          const float* from = rows.data() + r * m.cols + k_begin;
-          uint8_t* to = codes.data() + (begin - first + r) * m.cols + k_begin;
-          for (int k = 0; k < count; ++k) {
-            to[k] = encode_fp8_block_element(from[k], scale);
-            any |= (to[k] & 0x7f) != 0;
-            const double difference = static_cast<double>(from[k]) - decode_fp8_block_element(to[k], scale);
-            loss.error_sq += difference * difference;
-            loss.norm_sq += static_cast<double>(from[k]) * from[k];
-          }
+  std::vector<uint8_t> codes(static_cast<size_t>(std::min(m.rows, rows_per_window(m, kFp8WeightBlock)) * m.cols));
+  const auto total = for_windows<GroupLoss>(
+      m, kFp8WeightBlock,  // a chunk is one strip of blocks
+      [&](int64_t first, int64_t begin, int64_t end) {
+        std::vector<float> rows(static_cast<size_t>((end - begin) * m.cols));
+        for (int64_t r = begin; r < end; ++r) {
+          decode_row(m, r, rows.data() + (r - begin) * m.cols);
+          require_finite(m, r, rows.data() + (r - begin) * m.cols);
         }
-        loss.num_zeroed += amax > 0.0f && !any;
-        scales[static_cast<size_t>(begin / kFp8WeightBlock * block_cols + block)] = scale;
-      }
-      losses[static_cast<size_t>(strip)] = loss;
-    });
-    for (int64_t strip = 0; strip < num_strips; ++strip) total.add(losses[static_cast<size_t>(strip)]);
-    put(tensor, writer, codes.data(), static_cast<uint64_t>((last - first) * m.cols));
-    pages_.release_rows(m, first, last);
-    first = last;
-  }
+        GroupLoss loss;
+        for (int64_t block = 0; block < block_cols; ++block) {
+          const int64_t offset = block * kFp8WeightBlock;
+          const Fp8Block shape{end - begin, std::min<int64_t>(kFp8WeightBlock, m.cols - offset), m.cols};
+          scales[static_cast<size_t>(begin / kFp8WeightBlock * block_cols + block)] =
+              encode_fp8_weight_block(rows.data() + offset, shape, codes.data() + (begin - first) * m.cols + offset, loss);
+        }
+        return loss;
+      },
+      [&](int64_t first, int64_t last) {
+        put(tensor, writer, codes.data(), static_cast<uint64_t>((last - first) * m.cols));
+        pages_.release_rows(m, first, last);
+      });
   count_matrix(tensor.job, total, static_cast<int64_t>(scales.size()));
 }
 

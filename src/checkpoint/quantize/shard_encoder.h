@@ -42,6 +42,7 @@ class ShardEncoder {
   struct Mxfp4Range {
     int max_byte = -1;  // -1: every group is zero
     int min_byte = 256;
+    void add(const Mxfp4Range& other);
   };
 
   const MatrixJob& job(int idx) const { return plan_.jobs[static_cast<size_t>(idx)]; }
@@ -59,10 +60,11 @@ class ShardEncoder {
   void count_matrix(int job_idx, const GroupLoss& loss, int64_t num_groups);
   void count_copied(const OutputTensor& tensor);
 
-  // body(chunk index in the window, first row, one past the last row), chunks of rows_per_chunk; then after_window(first, last).
-  template <class Body, class AfterWindow>
-  void for_windows(int64_t rows, int64_t rows_per_chunk, int64_t chunks_per_window, const Body& body,
-                   const AfterWindow& after_window);
+  // Rows in windows, a window in chunks on all threads. body(first, begin, end): a chunk's rows and the first one of its
+  // window; returns what the chunk found, a Partial. after(first, last): in order, on this thread. Returns the sum, formed in
+  // the order of the chunks.
+  template <class Partial, class Body, class After>
+  Partial for_windows(const StoredMatrix& matrix, int64_t chunk_rows, const Body& body, const After& after);
 
   const QuantizePlan& plan_;
   ScaleRule rule_;
