@@ -21,8 +21,8 @@ __global__ void encode_run(uint32_t first, uint8_t* codes) {
     uint32_t nibbles = 0;
     if constexpr (kWhat == What::kE2m1) {
       bool has_nan;
-      const float amax = amax8(x, &has_nan);
-      nibbles = encode_e2m1x8(x, 1.0f, amax, has_nan);
+      const float amax = amax_of(x, &has_nan);
+      nibbles = encode_e2m1x8(x, 1.0f, !has_nan && amax < 7.0f);
     } else {
       for (int i = 0; i < 8; ++i) nibbles |= static_cast<uint32_t>(encode_e2m1(x[i])) << (4 * i);
     }

@@ -1,17 +1,18 @@
-// dequantize_rows (dense, or gathered by index) and dequantize_fp8_blocks: a thread decodes vectors of 8 elements, so that every
-// store of bf16 is 16 bytes and a warp writes 512 consecutive ones.
+// dequantize_rows (dense, or gathered by index) and dequantize_fp8_blocks. A lane decodes one 16-group of NVFP4: 8 bytes of codes
+// and a scale in, two (binary32: four) pieces of 16 bytes out, exchanged between neighbours so that stores fill whole sectors.
 #include "gpu/fast_div.h"
 #include "gpu/launch.h"
 #include "gpu/ptx/copy.cuh"
 #include "gpu/ptx/sync.cuh"
 #include "ops/quantize/decode_device.cuh"
 #include "ops/quantize/quantize_gpu.h"
+#include "ops/quantize/store_device.cuh"
 
 namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 8;  // vectors in flight: 36 bytes of codes and scales a thread
+constexpr int kUnroll = 4;  // groups in flight
 
 struct Shape {
   uint32_t num_vecs, vecs_per_row;
@@ -23,51 +24,56 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const uint32_t first = blockIdx.x * (kVecs * kThreads) + threadIdx.x;
-  uint32_t codes[kVecs], sfs[kVecs];
-  float global = args.global_mode == GlobalMode::kGiven ? args.global[0] : 1.0f;
+  uint2 codes[kVecs];
+  uint32_t sfs[kVecs];
+  const float global = args.global_mode == GlobalMode::kGiven ? args.global[0] : 1.0f;
   float globals[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t v = first + i * kThreads;
-    codes[i] = 0, sfs[i] = 0, globals[i] = global;
+    codes[i] = {0, 0}, sfs[i] = 0, globals[i] = global;
     if (v >= shape.num_vecs) continue;
-    const uint32_t out_row = shape.by_vecs_per_row.quotient(v), vec = v - out_row * shape.vecs_per_row;
-    int64_t row = out_row;
+    int64_t row = 0, at = v;
+    uint32_t vec = 0;
+    if (args.rows || args.sf_layout != SfLayout::kLinear || args.global_mode == GlobalMode::kPerRow) {
+      row = shape.by_vecs_per_row.quotient(v);
+      vec = v - static_cast<uint32_t>(row) * shape.vecs_per_row;
+    }
     if (args.rows) {
-      row = args.rows[out_row];
+      row = args.rows[row];
       if (row < 0 || row >= args.num_rows) {
         if (row != -1 && vec == 0 && args.bad_rows) atomicAdd(args.bad_rows, 1);
         continue;
       }
+      at = row * shape.vecs_per_row + vec;
     }
-    codes[i] = reinterpret_cast<const uint32_t*>(args.codes)[row * shape.vecs_per_row + vec];
-    const int64_t sf_at = args.sf_layout == SfLayout::kLinear ? row * (shape.vecs_per_row / 2) + vec / 2
-                                                              : sf_offset_128x4(row, vec / 2, shape.vecs_per_row / 2);
-    sfs[i] = args.sf[sf_at] & 0x7fu;
+    codes[i] = __ldg(reinterpret_cast<const uint2*>(args.codes) + at);
+    sfs[i] = __ldg(args.sf + (args.sf_layout == SfLayout::kLinear ? at : sf_offset_128x4(row, vec, shape.vecs_per_row))) & 0x7fu;
     if (args.global_mode == GlobalMode::kPerRow) globals[i] = args.global[row];
   }
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t v = first + i * kThreads;
-    if (v >= shape.num_vecs) return;
-    uint32_t pairs[4];
-    decode_nvfp4x8(codes[i], sfs[i], pairs);
+    if (v - threadIdx.x % 32 >= shape.num_vecs) return;  // whole warps leave together
+    const bool valid = v < shape.num_vecs;
+    uint32_t pairs[8];
+    decode_nvfp4x16(codes[i], sfs[i], pairs);
     if constexpr (kF32) {
-      float values[8];
+      uint32_t values[16];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        values[2 * j] = ptx::low_bf16(pairs[j]) * globals[i];
-        values[2 * j + 1] = ptx::high_bf16(pairs[j]) * globals[i];
+      for (int j = 0; j < 8; ++j) {
+        values[2 * j] = __float_as_uint(ptx::low_bf16(pairs[j]) * globals[i]);
+        values[2 * j + 1] = __float_as_uint(ptx::high_bf16(pairs[j]) * globals[i]);
       }
-      auto* y = reinterpret_cast<float4*>(args.y) + 2 * int64_t{v};
-      y[0] = {values[0], values[1], values[2], values[3]};
-      y[1] = {values[4], values[5], values[6], values[7]};
+      const int64_t piece = 4 * int64_t{v};
+      store_pieces<4>(args.y, piece, valid, {values[0], values[1], values[2], values[3]}, {values[4], values[5], values[6], values[7]});
+      store_pieces<4>(args.y, piece + 2, valid, {values[8], values[9], values[10], values[11]}, {values[12], values[13], values[14], values[15]});
     } else {
       if (args.global_mode != GlobalMode::kOne)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < 8; ++j)
           pairs[j] = ptx::cvt_bf16x2(ptx::low_bf16(pairs[j]) * globals[i], ptx::high_bf16(pairs[j]) * globals[i]);
-      ptx::store_stream_16(reinterpret_cast<uint4*>(args.y) + v, {pairs[0], pairs[1], pairs[2], pairs[3]});
+      store_pieces<2>(args.y, 2 * int64_t{v}, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
     }
   }
 }
@@ -96,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) fp8_block_kernel(const DequantizeFp8
   }
 }
 
-Shape make_shape(const char* op, int64_t num_rows, int64_t cols) {
+Shape make_shape(const char* op, int64_t num_rows, int64_t cols, int vec_elems) {
   DSV4_GPU_REQUIRE(op, cols > 0 && cols % kNvfp4GroupSize == 0, "cols = %lld", static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 8) < (int64_t{1} << 31) - 4096, "rows = %lld, cols = %lld: 2^31 vectors at most",
+  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / vec_elems) < (int64_t{1} << 31) - 4096, "rows = %lld, cols = %lld: 2^31 vectors at most",
                    static_cast<long long>(num_rows), static_cast<long long>(cols));
   Shape shape{};
-  shape.vecs_per_row = static_cast<uint32_t>(cols / 8);
+  shape.vecs_per_row = static_cast<uint32_t>(cols / vec_elems);
   shape.num_vecs = static_cast<uint32_t>(num_rows) * shape.vecs_per_row;
   shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
   return shape;
@@ -120,7 +126,7 @@ void launch_dequantize(const DequantizeArgs& args, const Shape& shape, const Gpu
 
 void dequantize_rows(const DequantizeArgs& args, const GpuContext& context) {
   constexpr const char* kOp = "dequantize_rows";
-  const Shape shape = make_shape(kOp, args.num_out, args.cols);
+  const Shape shape = make_shape(kOp, args.num_out, args.cols, 16);
   DSV4_GPU_REQUIRE(kOp, args.rows || args.num_out == args.num_rows, "num_out = %lld, num_rows = %lld", static_cast<long long>(args.num_out),
                    static_cast<long long>(args.num_rows));
   DSV4_GPU_REQUIRE(kOp, args.global_mode != GlobalMode::kComputeRow, "kComputeRow is for encoding");
@@ -132,7 +138,7 @@ void dequantize_rows(const DequantizeArgs& args, const GpuContext& context) {
 }
 
 void dequantize_fp8_blocks(const DequantizeFp8BlockArgs& args, const GpuContext& context) {
-  const Shape shape = make_shape("dequantize_fp8_blocks", args.num_rows, args.cols);
+  const Shape shape = make_shape("dequantize_fp8_blocks", args.num_rows, args.cols, 8);
   if (args.num_rows == 0) return;
   const gpu::LaunchConfig config{
       .grid = (shape.num_vecs + 4 * kThreads - 1) / (4 * kThreads), .block = kThreads, .stream = context.stream, .dependent = context.dependent};

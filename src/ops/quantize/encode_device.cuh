@@ -11,15 +11,16 @@
 namespace dsv4 {
 
 // Largest |x|, NaN ignored; *has_nan says whether there was one.
-__device__ __forceinline__ float amax8(const float (&x)[8], bool* has_nan) {
+template <int kCount>
+__device__ __forceinline__ float amax_of(const float (&x)[kCount], bool* has_nan) {
   float amax = fabsf(x[0]);
 #pragma unroll
-  for (int i = 1; i < 8; ++i) amax = ptx::max_nan(amax, fabsf(x[i]));
+  for (int i = 1; i < kCount; ++i) amax = ptx::max_nan(amax, fabsf(x[i]));
   *has_nan = isnan(amax);
   if (*has_nan) {
     amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) amax = fmaxf(amax, fabsf(x[i]));
+    for (int i = 0; i < kCount; ++i) amax = fmaxf(amax, fabsf(x[i]));
   }
   return amax;
 }
@@ -37,9 +38,8 @@ __device__ __forceinline__ uint32_t e2m1_magnitude(float a) {
   return __float_as_uint(__fadd_rn(a, magic));
 }
 
-// x[i] * multiplier -> 8 nibbles, element 0 lowest. amax: largest |x|, NaN ignored; has_nan: x holds one.
-// multiplier >= 0 (or NaN).
-__device__ __forceinline__ uint32_t encode_e2m1x8(const float (&x)[8], float multiplier, float amax, bool has_nan) {
+// x[i] * multiplier -> 8 nibbles, element 0 lowest. small: no x is NaN and all products are below 7. multiplier >= 0 (or NaN).
+__device__ __forceinline__ uint32_t encode_e2m1x8(const float* x, float multiplier, bool small) {
   if constexpr (ptx::kHasCvtE2m1) {
     uint32_t result = 0;
 #pragma unroll
@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const float (&x)[8], float mul
       result |= ptx::cvt_e2m1x2(__fmul_rn(x[2 * j], multiplier), __fmul_rn(x[2 * j + 1], multiplier)) << (8 * j);
     return result;
   } else {
-    // At 7 and above the steps of [4, 6] leave the code's 3 bits; NaN fails the comparison too.
-    if (has_nan || !(__fmul_rn(amax, multiplier) < 7.0f)) {
+    // At 7 and above the steps of [4, 6] leave the code's 3 bits.
+    if (!small) {
       uint32_t result = 0;
 #pragma unroll  // a rolled loop would index x and move it to local memory for every vector
       for (int i = 0; i < 8; ++i) result |= static_cast<uint32_t>(encode_e2m1(__fmul_rn(x[i], multiplier))) << (4 * i);
@@ -72,8 +72,14 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const float (&x)[8], float mul
   }
 }
 
+// x[0..15] * multiplier -> 16 nibbles; amax: largest |x|, NaN ignored; has_nan: x holds one.
+__device__ __forceinline__ uint2 encode_e2m1x16(const float (&x)[16], float multiplier, float amax, bool has_nan) {
+  const bool small = !has_nan && __fmul_rn(amax, multiplier) < 7.0f;
+  return {encode_e2m1x8(x, multiplier, small), encode_e2m1x8(x + 8, multiplier, small)};
+}
+
 // x[i] * factor -> 8 bytes, element 0 lowest.
-__device__ __forceinline__ uint2 encode_e4m3x8(const float (&x)[8], float factor) {
+__device__ __forceinline__ uint2 encode_e4m3x8(const float* x, float factor) {
   uint32_t pair[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) pair[j] = ptx::cvt_e4m3x2(__fmul_rn(x[2 * j], factor), __fmul_rn(x[2 * j + 1], factor));

@@ -1,12 +1,12 @@
-// The two kernels behind every quantiser: a stream over vectors of 8 elements, and one CTA per row where a row must be seen
-// whole (RMS norm, global per row). A Source yields the elements; the sink below writes any RowFormat.
+// The two kernels behind every quantiser: a stream over vectors of 16 elements, and one CTA per row where a row must be seen
+// whole (RMS norm, global per row). A Source yields the elements; write_vector() writes any RowFormat.
 //
 //   struct Source {
 //     struct Raw;                                               // registers of one vector, as loaded
-//     Raw load(uint32_t row, uint32_t vec) const;               // elements 8 vec .. 8 vec + 7 of the row
-//     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[8]) const;
+//     Raw load(uint32_t row, uint32_t vec) const;               // elements 16 vec .. 16 vec + 15 of the row
+//     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[16]) const;
 //   };
-// Two neighbouring lanes share an NVFP4 group, sixteen an FP8 block: all lanes of a warp take part in the exchanges.
+// A lane holds one NVFP4 group; eight neighbouring lanes share an FP8 block: all lanes of a warp take part in exchanges.
 #pragma once
 
 #include "codec/fp8_block.h"
@@ -17,6 +17,7 @@
 #include "gpu/ptx/sync.cuh"
 #include "ops/quantize/encode_device.cuh"
 #include "ops/quantize/quantize.h"
+#include "ops/quantize/store_device.cuh"
 
 namespace dsv4 {
 
@@ -25,63 +26,75 @@ constexpr int kRowThreadsMax = 512;
 
 struct QuantizeShape {
   uint32_t num_rows;
-  uint32_t vecs_per_row;    // cols / 8
+  uint32_t vecs_per_row;    // cols / 16
   uint32_t num_vecs;        // num_rows * vecs_per_row
-  uint32_t sf_matrix_rows;  // 128x4
-  gpu::FastDiv by_vecs_per_row;
+  uint32_t sf_matrix_rows;  // 128x4: rows of one matrix, its bytes, tiles of four groups across
+  uint32_t quads_per_row;
+  int64_t sf_matrix_bytes;
+  gpu::FastDiv by_vecs_per_row, by_sf_matrix_rows;
 };
 
-__device__ __forceinline__ int64_t sf_position(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t group) {
-  const uint32_t num_groups = shape.vecs_per_row / 2;
-  if (out.sf_layout == SfLayout::kLinear) return int64_t{row} * num_groups + group;
-  const uint32_t matrix = row / shape.sf_matrix_rows;
-  return matrix * sf_bytes(SfLayout::k128x4, shape.sf_matrix_rows, num_groups) +
-         sf_offset_128x4(row - matrix * shape.sf_matrix_rows, group, num_groups);
+__device__ __forceinline__ void widen_bf16x16(uint4 low, uint4 high, float (&x)[16]) {
+  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    x[2 * j] = ptx::low_bf16(words[j]);
+    x[2 * j + 1] = ptx::high_bf16(words[j]);
+  }
 }
 
-// One vector of a row whose global scale is known. Every lane of the warp must come here; valid: this lane has a vector.
+// One matrix is at most 2^31 bytes of scales, so that 32-bit arithmetic does inside it.
+__device__ __forceinline__ int64_t sf_position_128x4(const QuantizeShape& shape, uint32_t row, uint32_t group) {
+  const uint32_t matrix = shape.by_sf_matrix_rows.quotient(row), m = row - matrix * shape.sf_matrix_rows;
+  return matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + group / 4) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4 + group % 4;
+}
+
+// One vector of a row whose global scale is known. Every lane of the warp must come here, with consecutive vectors; valid: this
+// lane has one.
 __device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t vec, bool valid,
-                                             const float (&x)[8], float global, float rcp6) {
+                                             const float (&x)[16], float global, float rcp6) {
   const int64_t v = int64_t{row} * shape.vecs_per_row + vec;
-  if (out.y && valid) {
-    const uint4 packed = {ptx::cvt_bf16x2(x[0], x[1]), ptx::cvt_bf16x2(x[2], x[3]), ptx::cvt_bf16x2(x[4], x[5]), ptx::cvt_bf16x2(x[6], x[7])};
-    ptx::store_stream_16(reinterpret_cast<uint4*>(out.y) + v, packed);
+  if (out.y) {
+    uint32_t pairs[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) pairs[i] = ptx::cvt_bf16x2(x[2 * i], x[2 * i + 1]);
+    store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
   }
   if (out.format == RowFormat::kBf16) return;
   bool has_nan;
-  float amax = amax8(x, &has_nan);
+  float amax = amax_of(x, &has_nan);
   if (out.format == RowFormat::kNvfp4) {
-    const float amax16 = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
-    const Nvfp4GroupScale scale = nvfp4_group_scale(amax16, global, rcp6);
-    const uint32_t codes = encode_e2m1x8(x, scale.multiplier, amax, has_nan);
     if (!valid) return;
-    reinterpret_cast<uint32_t*>(out.codes)[v] = codes;
-    if (vec % 2 == 0) {
-      const uint32_t group = vec / 2, num_groups = shape.vecs_per_row / 2;
-      const int64_t at = sf_position(out, shape, row, group);
+    const Nvfp4GroupScale scale = nvfp4_group_scale(amax, global, rcp6);
+    reinterpret_cast<uint2*>(out.codes)[v] = encode_e2m1x16(x, scale.multiplier, amax, has_nan);
+    if (out.sf_layout == SfLayout::kLinear) {
+      out.sf[v] = static_cast<uint8_t>(scale.sf);
+    } else {
+      const int64_t at = sf_position_128x4(shape, row, vec);
       out.sf[at] = static_cast<uint8_t>(scale.sf);
-      if (out.sf_layout == SfLayout::k128x4 && group + 1 == num_groups)
-        for (uint32_t pad = 1; (group + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
+      if (vec + 1 == shape.vecs_per_row)
+        for (uint32_t pad = 1; (vec + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
     }
   } else {
 #pragma unroll
-    for (int step = 1; step < 16; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
-    const uint32_t scale = fp8_block_scale(amax);
-    const uint2 codes = encode_e4m3x8(x, rcp_ue8m0(scale));
+    for (int step = 1; step < 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
     if (!valid) return;
-    reinterpret_cast<uint2*>(out.codes)[v] = codes;
-    if (vec % 16 == 0) out.sf[v / 16] = static_cast<uint8_t>(scale);
+    const uint32_t scale = fp8_block_scale(amax);
+    const float factor = rcp_ue8m0(scale);
+    const uint2 low = encode_e4m3x8(x, factor), high = encode_e4m3x8(x + 8, factor);
+    reinterpret_cast<uint4*>(out.codes)[v] = {low.x, low.y, high.x, high.y};
+    if (vec % 8 == 0) out.sf[v / 8] = static_cast<uint8_t>(scale);
   }
 }
 
 // Zeroes the scale rows that pad each 128x4 matrix.
 __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const QuantizeShape& shape, uint32_t thread, uint32_t num_threads) {
   if (out.format != RowFormat::kNvfp4 || out.sf_layout != SfLayout::k128x4) return;
-  const uint32_t num_groups = shape.vecs_per_row / 2, quads = (num_groups + 3) / 4;
-  const uint32_t pad_rows = (128 - shape.sf_matrix_rows % 128) % 128, num_matrices = shape.num_rows / shape.sf_matrix_rows;
-  for (uint32_t i = thread; i < pad_rows * quads * num_matrices; i += num_threads) {
-    const uint32_t matrix = i / (pad_rows * quads), row = shape.sf_matrix_rows + i / quads % pad_rows, quad = i % quads;
-    const int64_t at = matrix * sf_bytes(SfLayout::k128x4, shape.sf_matrix_rows, num_groups) + sf_offset_128x4(row, 4 * quad, num_groups);
+  const uint32_t pad_rows = (128 - shape.sf_matrix_rows % 128) % 128, per_matrix = pad_rows * shape.quads_per_row;
+  if (pad_rows == 0) return;
+  for (uint32_t i = thread; i < per_matrix * (shape.num_rows / shape.sf_matrix_rows); i += num_threads) {
+    const uint32_t matrix = i / per_matrix, m = shape.sf_matrix_rows + i % per_matrix / shape.quads_per_row, quad = i % shape.quads_per_row;
+    const int64_t at = matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + quad) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4;
     *reinterpret_cast<uint32_t*>(out.sf + at) = 0;
   }
 }
@@ -108,7 +121,7 @@ __global__ void __launch_bounds__(kStreamThreads) quantize_stream(const Source s
     const uint32_t v = first + i * kStreamThreads;
     if (v - threadIdx.x % 32 >= shape.num_vecs) break;  // whole warps leave together
     const bool valid = v < shape.num_vecs;
-    float x[8] = {};
+    float x[16] = {};
     if (valid) {
       source.values(raw[i], rows[i], vecs[i], x);
       if (out.global_mode == GlobalMode::kPerRow) {
@@ -159,28 +172,32 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
     if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) raw[i] = source.load(row, threadIdx.x + i * blockDim.x);
-  float x[kVecs][8] = {};
+  float x[kVecs][16] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
     if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) source.values(raw[i], row, threadIdx.x + i * blockDim.x, x[i]);
 
   if (norm.weight) {
-    uint4 weight[kVecs] = {};
+    uint4 weight[kVecs][2] = {};
     double sum = 0;
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
       const uint32_t vec = threadIdx.x + i * blockDim.x;
-      if (vec < shape.vecs_per_row) weight[i] = reinterpret_cast<const uint4*>(norm.weight)[vec];
+      if (vec < shape.vecs_per_row) {
+        weight[i][0] = reinterpret_cast<const uint4*>(norm.weight)[2 * vec];
+        weight[i][1] = reinterpret_cast<const uint4*>(norm.weight)[2 * vec + 1];
+      }
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum = __fma_rn(static_cast<double>(x[i][j]), static_cast<double>(x[i][j]), sum);
+      for (int j = 0; j < 16; ++j) sum = __fma_rn(static_cast<double>(x[i][j]), static_cast<double>(x[i][j]), sum);
     }
-    const float mean = __fdiv_rn(static_cast<float>(block_sum(sum, sum_scratch)), static_cast<float>(shape.vecs_per_row * 8));
+    const float mean = __fdiv_rn(static_cast<float>(block_sum(sum, sum_scratch)), static_cast<float>(shape.vecs_per_row * 16));
     const float factor = __frcp_rn(__fsqrt_rn(mean + norm.eps));
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) {
-      const uint32_t words[4] = {weight[i].x, weight[i].y, weight[i].z, weight[i].w};
+      const uint32_t words[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
+                                 weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 8; ++j) {
         const uint32_t pair = ptx::cvt_bf16x2(ptx::low_bf16(words[j]) * (x[i][2 * j] * factor), ptx::high_bf16(words[j]) * (x[i][2 * j + 1] * factor));
         x[i][2 * j] = ptx::low_bf16(pair);
         x[i][2 * j + 1] = ptx::high_bf16(pair);
@@ -196,7 +213,7 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
 #pragma unroll
-      for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(x[i][j]));
+      for (int j = 0; j < 16; ++j) amax = fmaxf(amax, fabsf(x[i][j]));
     global = nvfp4_global_scale(block_max(amax, max_scratch)).value;
     if (threadIdx.x == 0) out.row_global[row] = global;
   }
@@ -215,7 +232,7 @@ template <int kUnroll, class Source>
 void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
                      const GpuContext& context) {
   DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = %lld", static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 8) < (int64_t{1} << 31) - 4096, "num_rows = %lld, cols = %lld: 2^31 vectors at most",
+  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 16) < (int64_t{1} << 31) - 4096, "num_rows = %lld, cols = %lld: 2^31 groups at most",
                    static_cast<long long>(num_rows), static_cast<long long>(cols));
   DSV4_GPU_REQUIRE(op, out.format == RowFormat::kBf16 ? out.y != nullptr : out.codes && out.sf, "an output pointer is null");
   DSV4_GPU_REQUIRE(op, out.global_mode == GlobalMode::kOne || out.format == RowFormat::kNvfp4, "only kNvfp4 has a global scale");
@@ -226,20 +243,23 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
                    static_cast<long long>(matrix_rows));
   QuantizeShape shape{};
   shape.num_rows = static_cast<uint32_t>(num_rows);
-  shape.vecs_per_row = static_cast<uint32_t>(cols / 8);
+  shape.vecs_per_row = static_cast<uint32_t>(cols / 16);
   shape.num_vecs = shape.num_rows * shape.vecs_per_row;
   shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
+  shape.by_sf_matrix_rows = gpu::FastDiv(shape.sf_matrix_rows);
+  shape.quads_per_row = (shape.vecs_per_row + 3) / 4;
+  shape.sf_matrix_bytes = sf_bytes(SfLayout::k128x4, matrix_rows, shape.vecs_per_row);
   shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
   gpu::LaunchConfig config{.stream = context.stream, .dependent = context.dependent};
   if (norm.weight || out.global_mode == GlobalMode::kComputeRow) {
     DSV4_GPU_REQUIRE(op, cols <= 16384, "cols = %lld: at most 16384 where a row must be seen whole", static_cast<long long>(cols));
-    const uint32_t per_thread = cols <= 8192 ? 2 : 4;
+    const uint32_t per_thread = cols <= 8192 ? 1 : 2;
     config.grid = shape.num_rows;
     config.block = (shape.vecs_per_row + 32 * per_thread - 1) / (32 * per_thread) * 32;
-    if (per_thread == 2)
-      gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
+    if (per_thread == 1)
+      gpu::launch(quantize_row<Source, 1>, config, source, out, shape, norm);
     else
-      gpu::launch(quantize_row<Source, 4>, config, source, out, shape, norm);
+      gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
   } else {
     // Few vectors: spread them over the machine instead of filling threads.
     const bool small = shape.num_vecs < static_cast<uint32_t>(context.num_sms) * kStreamThreads * kUnroll;

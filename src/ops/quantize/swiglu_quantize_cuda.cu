@@ -10,24 +10,25 @@ struct SwigluSource {
   const bf16* gate;
   const bf16* up;
   const float* rho;
-  uint32_t stride;  // vectors
+  uint32_t stride;  // 16-byte pieces
   float limit;
 
   struct Raw {
-    uint4 gate, up;
+    uint4 gate[2], up[2];
   };
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
-    const int64_t at = int64_t{row} * stride + vec;
-    return {ptx::load_stream_16(reinterpret_cast<const uint4*>(gate) + at), ptx::load_stream_16(reinterpret_cast<const uint4*>(up) + at)};
+    const int64_t at = int64_t{row} * stride + 2 * vec;
+    const auto* g = reinterpret_cast<const uint4*>(gate) + at;
+    const auto* u = reinterpret_cast<const uint4*>(up) + at;
+    return {{__ldg(g), __ldg(g + 1)}, {__ldg(u), __ldg(u + 1)}};
   }
-  __device__ __forceinline__ void values(const Raw& raw, uint32_t row, uint32_t, float (&out)[8]) const {
+  __device__ __forceinline__ void values(const Raw& raw, uint32_t row, uint32_t, float (&out)[16]) const {
     const float weight = rho ? rho[row] : 1.0f;
-    const uint32_t g[4] = {raw.gate.x, raw.gate.y, raw.gate.z, raw.gate.w}, u[4] = {raw.up.x, raw.up.y, raw.up.z, raw.up.w};
+    float g[16], u[16];
+    widen_bf16x16(raw.gate[0], raw.gate[1], g);
+    widen_bf16x16(raw.up[0], raw.up[1], u);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      out[2 * j] = swiglu_device(ptx::low_bf16(g[j]), ptx::low_bf16(u[j]), weight, limit);
-      out[2 * j + 1] = swiglu_device(ptx::high_bf16(g[j]), ptx::high_bf16(u[j]), weight, limit);
-    }
+    for (int j = 0; j < 16; ++j) out[j] = swiglu_device(g[j], u[j], weight, limit);
   }
 };
 
@@ -38,7 +39,7 @@ void swiglu_quantize(const SwigluQuantizeArgs& args, const GpuContext& context) 
                    "stride = %lld, gate = %p, up = %p", static_cast<long long>(args.stride), static_cast<const void*>(args.gate), static_cast<const void*>(args.up));
   DSV4_GPU_REQUIRE("swiglu_quantize", args.limit > 0 && args.limit <= 80, "limit = %g", static_cast<double>(args.limit));
   const SwigluSource source{args.gate, args.up, args.rho, static_cast<uint32_t>(args.stride / 8), args.limit};
-  launch_quantize<2>("swiglu_quantize", source, args.out, RowNorm{}, args.num_rows, args.cols, context);
+  launch_quantize<1>("swiglu_quantize", source, args.out, RowNorm{}, args.num_rows, args.cols, context);
 }
 
 }  // namespace dsv4
