@@ -9,6 +9,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "checkpoint/safetensors.h"
+#include "terminal.h"
 
 namespace dsv4::app {
 
@@ -35,6 +36,9 @@ void add_model_options(CLI::App& command, ModelOptions& options) {
       ->excludes(exact);
   command.add_option("--isa", options.isa, "force an instruction set: reference, avx2, avx512, amx")
       ->check(CLI::IsMember({"reference", "avx2", "avx512", "amx"}));
+  command.add_option("--repack", options.repack, "weights in kernel layout: auto (if the copy takes at most half of the free memory), on, off")
+      ->check(CLI::IsMember({"auto", "on", "off"}))
+      ->capture_default_str();
   command.add_option("--chunk", options.max_chunk, "most prompt tokens per step")
       ->check(CLI::Range(int64_t{1}, int64_t{8192}))
       ->capture_default_str();
@@ -54,6 +58,11 @@ std::unique_ptr<Engine> open_engine(const ModelOptions& options) {
   }
   engine.num_threads = options.num_threads;
   engine.max_chunk = options.max_chunk;
+  engine.repack = options.repack == "on" ? Repack::kOn : options.repack == "off" ? Repack::kOff : Repack::kAuto;
+  ProgressLine line(/*quiet=*/false);
+  engine.repack_progress = [&line](int64_t done, int64_t total) {
+    line.update(fmt::format("repacking weights {:.1f} / {:.1f} GB", static_cast<double>(done) / 1e9, static_cast<double>(total) / 1e9));
+  };
   if (!options.isa.empty()) engine.isa = cpu_isa_from_name(options.isa);
   return Engine::open(options.folder, engine);
 }

@@ -18,6 +18,7 @@ struct ModelOptions {
   std::string kv = "bf16";
   std::string index = "bf16";
   std::string isa;
+  std::string repack = "auto";
   bool exact = false;
   int num_threads = 0;
   int64_t max_chunk = 256;

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "base/log.h"
+#include "base/memory.h"
 
 namespace dsv4 {
 
@@ -20,7 +22,15 @@ std::unique_ptr<Engine> Engine::open(const std::string& folder, const EngineOpti
     throw_bad_input("{}/tokenizer.json: vocabulary of {} ids, config.json says vocab_size {}", folder,
                     engine->tokenizer_->vocab_size(), engine->config().vocab_size);
   engine->model_ = std::make_unique<DeepseekV4>(engine->checkpoint_, options.precision, CpuContext{*engine->pool_, engine->isa_});
+  if (engine->should_repack()) engine->model_->repack(options.repack_progress);
   return engine;
+}
+
+bool Engine::should_repack() const {
+  if (options_.repack != Repack::kAuto) return options_.repack == Repack::kOn;
+  const int64_t bytes = model_->repacked_bytes(), available = available_memory_bytes();
+  log(LogLevel::kInfo, "repacked weights take {} MB, {} MB of memory are available", bytes >> 20, available >> 20);
+  return bytes > 0 && bytes <= available / 2;
 }
 
 bool Engine::is_end_token(TokenId id) const {

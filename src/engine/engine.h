@@ -22,11 +22,16 @@
 
 namespace dsv4 {
 
+// Weights in the layout of the vector kernels: a copy in memory beside the mapped file.
+enum class Repack : uint8_t { kAuto, kOn, kOff };  // auto: if the copy takes at most half of the available memory
+
 struct EngineOptions {
   Precision precision;
   int num_threads = 0;                  // 0: one per available CPU
   std::optional<CpuIsa> isa;            // forced instruction set; unset: the best of this machine
   int64_t max_chunk = 256;              // tokens of one sequence per step
+  Repack repack = Repack::kAuto;
+  std::function<void(int64_t done, int64_t total)> repack_progress;
 };
 
 class Engine {
@@ -45,6 +50,7 @@ class Engine {
 
  private:
   Engine() = default;
+  bool should_repack() const;
   EngineOptions options_;
   CpuIsa isa_ = CpuIsa::kReference;
   std::unique_ptr<ThreadPool> pool_;

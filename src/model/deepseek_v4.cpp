@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "model/layer.h"
 #include "ops/gemm/gemm.h"
+#include "ops/gemm/gemm_pack.h"
 #include "ops/norm/norm.h"
 #include "ops/vec/vec.h"
 
@@ -154,6 +155,17 @@ int64_t DeepseekV4::forward(std::span<const SequenceInput> inputs, std::vector<f
   logits.resize(static_cast<size_t>(num_wanted * config().vocab_size));
   gemm({work.head_in.data(), &weights_.head, logits.data(), num_wanted, config().hidden, config().vocab_size, false}, context_);
   return num_wanted;
+}
+
+int64_t DeepseekV4::repacked_bytes() const {
+  int64_t bytes = 0;
+  for (const Weight* weight : all_matrices(const_cast<ModelWeights&>(weights_)))
+    if (packing_pays(weight->view, context_.isa)) bytes += packed_bytes(weight->view);
+  return bytes;
+}
+
+void DeepseekV4::repack(const std::function<void(int64_t, int64_t)>& progress) {
+  pack_weights(all_matrices(weights_), context_, progress);
 }
 
 double DeepseekV4::bytes_per_token() const {

@@ -47,6 +47,11 @@ class DeepseekV4 {
   const ModelConfig& config() const { return checkpoint_->config(); }
   const ModelWeights& weights() const { return weights_; }
   const Precision& precision() const { return precision_; }
+  // Repacks the matrices for which it pays on this instruction set (ops/gemm/gemm_pack.h); returns the bytes it would take
+  // or took. progress(done, total) as pack_weights.
+  int64_t repacked_bytes() const;
+  void repack(const std::function<void(int64_t, int64_t)>& progress = {});
+
   // Bytes of weights one decoded token reads (activated experts only).
   double bytes_per_token() const;
 

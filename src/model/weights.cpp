@@ -92,6 +92,24 @@ class Loader {
 
 }  // namespace
 
+std::vector<Weight*> all_matrices(ModelWeights& weights) {
+  std::vector<Weight*> list;
+  const auto add = [&](auto&... weight) { (list.push_back(&weight), ...); };
+  const auto add_expert = [&](ExpertWeights& expert) { add(expert.w1, expert.w3, expert.w2); };
+  for (LayerWeights& layer : weights.layers) {
+    AttentionWeights& attn = layer.attn;
+    add(attn.wq_a, attn.wq_b, attn.wkv);
+    if (attn.indexer) add(attn.indexer->wq_b, attn.indexer->weights_proj, attn.indexer->compressor.wkv, attn.indexer->compressor.wgate);
+    if (attn.compressor) add(attn.compressor->wkv, attn.compressor->wgate);
+    for (Weight& group : attn.wo_a) add(group);
+    add(attn.wo_b, layer.ffn.gate);
+    for (ExpertWeights& expert : layer.ffn.experts) add_expert(expert);
+    if (layer.ffn.shared) add_expert(*layer.ffn.shared);
+  }
+  add(weights.head);
+  return list;
+}
+
 ModelWeights load_weights(const Checkpoint& checkpoint, const CpuContext& context) {
   const ModelConfig& config = checkpoint.config();
   WeightArena arena;

@@ -73,6 +73,9 @@ struct ModelWeights {
   std::vector<std::unique_ptr<HostBuffer>> owned;  // scales that had to be converted
 };
 
+// Every matrix of the model, in the order a step reads them.
+std::vector<Weight*> all_matrices(ModelWeights& weights);
+
 // Throws bad input naming the tensor. The checkpoint must outlive the result.
 ModelWeights load_weights(const Checkpoint& checkpoint, const CpuContext& context);
 

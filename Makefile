@@ -1,0 +1,51 @@
+# The human interface to the build. On a fresh Debian 12: `make demo` builds everything and generates from the bundled model,
+# `make test` builds and passes all tests. Both install the packages they need first.
+
+BUILD ?= build
+JOBS ?= $(shell nproc)
+PACKAGES = g++ cmake ninja-build pkg-config python3 nlohmann-json3-dev libpcre2-dev libcli11-dev libfmt-dev libgtest-dev
+PROMPT ?= It was late in the evening when
+
+.PHONY: demo test setup build sanitize cuda format tidy clean
+
+demo: build
+	$(BUILD)/apps/dsv4 inspect models/demo
+	$(BUILD)/apps/dsv4 generate -m models/demo -p "$(PROMPT)" -n 160 --seed 1
+
+test: setup
+	cmake -S . -B $(BUILD) -G Ninja -DDSV4_TESTS=ON
+	cmake --build $(BUILD) -j $(JOBS)
+	python3 scripts/check_layers.py
+	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+
+build: setup
+	cmake -S . -B $(BUILD) -G Ninja
+	cmake --build $(BUILD) -j $(JOBS) --target dsv4
+
+# Installs only what is missing, so that a machine that has everything needs neither root nor network.
+setup:
+	@missing=""; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  sudo=""; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	  $$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq --no-install-recommends $$missing; fi
+
+# The parsers of untrusted input under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: setup
+	cmake --preset sanitize
+	cmake --build build-sanitize -j $(JOBS) --target sanitized_tests
+	ctest --test-dir build-sanitize --output-on-failure -j $(JOBS) -R '^(base|codec|tensor|checkpoint|text)'
+
+# Compiles every kernel for sm_90a, sm_100a and sm_120a; runs nothing.
+cuda: setup
+	cmake --preset cuda
+	cmake --build build-cuda -j $(JOBS)
+
+format:
+	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs clang-format -i
+
+tidy:
+	cmake --preset tidy
+	cmake --build build-tidy -j $(JOBS)
+
+clean:
+	rm -rf build build-*

@@ -1,0 +1,10 @@
+# Install: the dsv4 binary, libdsv4, its two headers, and dsv4Config.cmake for find_package(dsv4).
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
+install(TARGETS dsv4 RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+install(TARGETS dsv4_shared EXPORT dsv4Targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/dsv4 DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(EXPORT dsv4Targets NAMESPACE dsv4:: FILE dsv4Config.cmake DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/dsv4)
+write_basic_package_version_file(dsv4ConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/dsv4ConfigVersion.cmake DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/dsv4)
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE ${PROJECT_SOURCE_DIR}/NOTICE DESTINATION ${CMAKE_INSTALL_DOCDIR})

@@ -1,0 +1,15 @@
+# cmake -DBUILD=... -DSOURCE=... -P run_consumer.cmake
+function(run)
+  execute_process(COMMAND ${ARGN} RESULT_VARIABLE code OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT code EQUAL 0)
+    message(FATAL_ERROR "${ARGN}: exit ${code}\n${output}")
+  endif()
+endfunction()
+
+set(scratch ${BUILD}/install_test)
+file(REMOVE_RECURSE ${scratch})
+run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${scratch}/prefix)
+run(${CMAKE_COMMAND} -S ${SOURCE}/tests/install/consumer -B ${scratch}/build -G Ninja -DCMAKE_PREFIX_PATH=${scratch}/prefix)
+run(${CMAKE_COMMAND} --build ${scratch}/build)
+run(${scratch}/build/consumer ${SOURCE}/models/demo)
+run(${scratch}/prefix/bin/dsv4 --version)
