@@ -1,6 +1,7 @@
 // Packing: memory area with huge pages, panels filled in parallel.
 #include "ops/gemm/gemm_pack.h"
 
+#include <emmintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -27,6 +28,50 @@ std::shared_ptr<std::byte> allocate_area(int64_t bytes) {
   return {static_cast<std::byte*>(area), [](std::byte* pointer) { std::free(pointer); }};
 }
 
+__m128i load16(const std::byte* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+__m128i load4(const std::byte* p) {
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return _mm_cvtsi32_si128(word);
+}
+void store16(std::byte* p, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+
+// 16 rows x 8 words -> 8 x [16 rows], as 4 x 4 blocks. The same columns of the next panel are prefetched: its rows lie
+// row_bytes apart, which no hardware stream follows.
+void transpose_codes(const std::byte* src, int64_t row_bytes, std::byte* dst) {
+  for (int quad = 0; quad < 4; ++quad) {
+    const std::byte* row = src + quad * 4 * row_bytes;
+    for (int r = 0; r < 4; ++r) _mm_prefetch(reinterpret_cast<const char*>(row + (r + 16) * row_bytes), _MM_HINT_T1);
+    for (int half = 0; half < 2; ++half, row += 16) {
+      const __m128i a = load16(row), b = load16(row + row_bytes), c = load16(row + 2 * row_bytes), d = load16(row + 3 * row_bytes);
+      const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
+      const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
+      std::byte* to = dst + half * 256 + quad * 16;
+      store16(to, _mm_unpacklo_epi64(ab_low, cd_low));
+      store16(to + 64, _mm_unpackhi_epi64(ab_low, cd_low));
+      store16(to + 128, _mm_unpacklo_epi64(ab_high, cd_high));
+      store16(to + 192, _mm_unpackhi_epi64(ab_high, cd_high));
+    }
+  }
+}
+
+// 16 rows x 4 bytes -> 4 x [16 rows]. Interleaving the first half of the 64 bytes with the second rotates the bits of each
+// byte's index by one; four times brings row-major (rrrrcc) to column-major (ccrrrr).
+void transpose_sf(const std::byte* src, int64_t row_bytes, std::byte* dst) {
+  __m128i v[4];
+  for (int quad = 0; quad < 4; ++quad) {
+    const std::byte* row = src + quad * 4 * row_bytes;
+    v[quad] = _mm_unpacklo_epi64(_mm_unpacklo_epi32(load4(row), load4(row + row_bytes)),
+                                 _mm_unpacklo_epi32(load4(row + 2 * row_bytes), load4(row + 3 * row_bytes)));
+  }
+  for (int round = 0; round < 4; ++round) {
+    const __m128i a = _mm_unpacklo_epi8(v[0], v[2]), b = _mm_unpackhi_epi8(v[0], v[2]);
+    const __m128i c = _mm_unpacklo_epi8(v[1], v[3]), d = _mm_unpackhi_epi8(v[1], v[3]);
+    v[0] = a, v[1] = b, v[2] = c, v[3] = d;
+  }
+  for (int g = 0; g < 4; ++g) store16(dst + g * 16, v[g]);
+}
+
 struct PanelJob {
   const WeightView* w;
   int64_t row_begin;
@@ -45,16 +90,12 @@ void pack_panel(const WeightView& w, int64_t row_begin, std::byte* dst) {
   const int64_t num_rows = std::min<int64_t>(kPanelRows, w.rows - row_begin);
   const int64_t num_groups = w.cols / kNvfp4GroupSize;
   const std::byte* codes = static_cast<const std::byte*>(w.data) + row_begin * (w.cols / 2);
-  const uint8_t* sf = w.sf + row_begin * num_groups;
+  const std::byte* sf = reinterpret_cast<const std::byte*>(w.sf) + row_begin * num_groups;
   const int64_t full_records = num_rows == kPanelRows ? w.cols / kPanelRecordCols : 0;
   for (int64_t rec = 0; rec < full_records; ++rec) {
     std::byte* record = dst + rec * kPanelRecordBytes;
-    for (int64_t r = 0; r < kPanelRows; ++r) {
-      uint32_t words[8];
-      std::memcpy(words, codes + r * (w.cols / 2) + rec * 32, 32);
-      for (int b = 0; b < 8; ++b) std::memcpy(record + b * 64 + r * 4, &words[b], 4);
-      for (int g = 0; g < 4; ++g) record[512 + g * 16 + r] = static_cast<std::byte>(sf[r * num_groups + rec * 4 + g]);
-    }
+    transpose_codes(codes + rec * 32, w.cols / 2, record);
+    transpose_sf(sf + rec * 4, num_groups, record + 512);
   }
   if (full_records * kPanelRecordCols == w.cols) return;
   std::memset(dst + full_records * kPanelRecordBytes, 0, packed_panel_bytes(w.cols) - full_records * kPanelRecordBytes);
@@ -63,7 +104,7 @@ void pack_panel(const WeightView& w, int64_t row_begin, std::byte* dst) {
     for (int64_t r = 0; r < num_rows; ++r) {
       std::memcpy(record + (group % 4) * 128 + r * 4, codes + r * (w.cols / 2) + group * 8, 4);
       std::memcpy(record + (group % 4) * 128 + 64 + r * 4, codes + r * (w.cols / 2) + group * 8 + 4, 4);
-      record[512 + (group % 4) * 16 + r] = static_cast<std::byte>(sf[r * num_groups + group]);
+      record[512 + (group % 4) * 16 + r] = sf[r * num_groups + group];
     }
   }
 }

@@ -76,9 +76,10 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
 
   const int64_t num_panels = ceil_div(w.rows, kPanelRows);
   const int64_t num_chunks = ceil_div(args.num_tokens, kChunkTokens);
-  // A task is a run of panels for one chunk of tokens; about 32 KB of weights, so that handing out tasks costs little.
+  // A task is a run of panels for one chunk of tokens; about 128 KB of weights, so that handing
+  // out tasks costs little and a thread reads long stretches.
   const int64_t panel_bytes = std::max<int64_t>(1, w.stored_bytes() / num_panels);
-  int64_t panels_per_task = std::max<int64_t>(1, (32 << 10) / (panel_bytes * std::min(args.num_tokens, kChunkTokens)));
+  int64_t panels_per_task = std::max<int64_t>(1, (128 << 10) / (panel_bytes * std::min(args.num_tokens, kChunkTokens)));
   panels_per_task = std::min(panels_per_task, std::max<int64_t>(1, num_panels / (2 * context.pool.num_threads())));
   if (serial) panels_per_task = num_panels;
   const int64_t tasks_per_chunk = ceil_div(num_panels, panels_per_task);

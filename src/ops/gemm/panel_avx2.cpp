@@ -15,10 +15,21 @@ constexpr int kTileTokens = 3;  // 4 x 3 accumulators, 3 x, 1 weight: 16 registe
 
 inline Acc acc_zero() { return _mm256_setzero_ps(); }
 inline Acc acc_scaled_add(Acc part, float scale, Acc total) { return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), total); }
+inline __m128 fold_to_four(Acc v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 inline float acc_fold(Acc v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 four = fold_to_four(v);
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Four folds at once, each in the order of acc_fold.
+inline __m128 acc_fold4(Acc va, Acc vb, Acc vc, Acc vd) {
+  const __m128 a = fold_to_four(va), b = fold_to_four(vb), c = fold_to_four(vc), d = fold_to_four(vd);
+  const __m128 ab_low = _mm_unpacklo_ps(a, b), ab_high = _mm_unpackhi_ps(a, b);
+  const __m128 cd_low = _mm_unpacklo_ps(c, d), cd_high = _mm_unpackhi_ps(c, d);
+  const __m128 lane0 = _mm_movelh_ps(ab_low, cd_low), lane1 = _mm_movehl_ps(cd_low, ab_low);
+  const __m128 lane2 = _mm_movelh_ps(ab_high, cd_high), lane3 = _mm_movehl_ps(cd_high, ab_high);
+  return _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
 }
 
 struct F32Act {

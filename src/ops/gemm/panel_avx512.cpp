@@ -1,4 +1,7 @@
-// Panel kernels for AVX-512 with VNNI and BF16: bf16 pair products (a16), int8 quad products (a4), binary32 (exact).
+// Panel kernels for AVX-512 with VNNI: binary32 products (exact and a16), int8 quad products (a4).
+//
+// Not here: vdpbf16ps. On the machine measured (Sapphire Rapids) it runs at half the rate of binary32 FMA, so an a16 GEMM on
+// it lost to the one that is also exact (docs/kernels/cpu.md).
 #include <immintrin.h>
 
 #include "codec/nvfp4.h"
@@ -15,12 +18,25 @@ constexpr int kTileTokens = 6;  // 4 x 6 accumulators, 6 x, 1 weight: 31 registe
 
 inline Acc acc_zero() { return _mm512_setzero_ps(); }
 inline Acc acc_scaled_add(Acc part, float scale, Acc total) { return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), total); }
-inline float acc_fold(Acc v) {
+inline __m128 fold_to_four(Acc v) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+inline float acc_fold(Acc v) {
+  const __m128 four = fold_to_four(v);
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// Four folds at once, each in the order of acc_fold.
+inline __m128 acc_fold4(Acc va, Acc vb, Acc vc, Acc vd) {
+  const __m128 a = fold_to_four(va), b = fold_to_four(vb), c = fold_to_four(vc), d = fold_to_four(vd);
+  const __m128 ab_low = _mm_unpacklo_ps(a, b), ab_high = _mm_unpackhi_ps(a, b);
+  const __m128 cd_low = _mm_unpacklo_ps(c, d), cd_high = _mm_unpackhi_ps(c, d);
+  const __m128 lane0 = _mm_movelh_ps(ab_low, cd_low), lane1 = _mm_movehl_ps(cd_low, ab_low);
+  const __m128 lane2 = _mm_movelh_ps(ab_high, cd_high), lane3 = _mm_movehl_ps(cd_high, ab_high);
+  return _mm_add_ps(_mm_add_ps(lane0, lane2), _mm_add_ps(lane1, lane3));
 }
 
 struct F32Act {
@@ -60,19 +76,6 @@ struct Fp8Weight : F32Act {
   }
 };
 
-// Both sides bf16: pairs of products straight from memory.
-struct Bf16Dot {
-  static constexpr int kStep = 32;
-  static constexpr int kActBytes = 2, kWeightBytes = 2;
-  static constexpr float kDecodeFactor = 1.0f;
-  static constexpr bool kBlockScaled = false;
-  using W = __m512i;
-  using X = __m512i;
-  static X load_x(const std::byte* x) { return _mm512_loadu_si512(x); }
-  static W load_w(const std::byte* w) { return _mm512_loadu_si512(w); }
-  static Acc mul_add(Acc acc, W w, X x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
-};
-
 #include "ops/gemm/dense_tile.inl"
 
 // ---- NVFP4: lanes = output rows ----
@@ -85,53 +88,22 @@ inline __m512 load_sf(const std::byte* sf) {
 
 inline __m512i load_codes(const std::byte* p) { return _mm512_load_si512(p); }
 
-constexpr int kPrefetchBytes = 2304;  // four records ahead of the stream
+#ifndef PFB
+#define PFB 2304
+#define PFH _MM_HINT_T0
+#endif
+constexpr int kPrefetchBytes = PFB;  // four records ahead of the stream
 
 inline void prefetch_record(const std::byte* record) {
   for (int line = 0; line < kPanelRecordBytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(record + kPrefetchBytes + line), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(record + kPrefetchBytes + line), PFH);
 }
 
-// The shift count leaves nibble j in the low bits; the table look-up ignores what stands above its index bits.
-struct Bf16Products {  // words: low word of a row's dword holds column j, high word column j + 4
-  static constexpr int kSteps = 4;
-  using Table = __m512i;
-  static Table table() {
-    alignas(64) static constexpr uint16_t kBf16[32] = {
-        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
-        0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
-        0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
-    return _mm512_load_si512(kBf16);
-  }
-  static __m512i decode(Table table, __m512i codes, int j) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
-  }
-  static constexpr int kGroupActBytes = 32;  // x bytes of a group
-  static __m512 mul_add(__m512 acc, __m512i w, const std::byte* x, int step) {
-    const int32_t pair = reinterpret_cast<const int32_t*>(x)[step];
-    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
-  }
-};
-
-struct F32Products {  // one column at a time
-  static constexpr int kSteps = 8;
-  using Table = __m512;
-  static Table table() {
-    return _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
-  }
-  static __m512 decode(Table table, __m512i codes, int j) {
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j), table);
-  }
-  static constexpr int kGroupActBytes = 64;
-  static __m512 mul_add(__m512 acc, __m512 w, const std::byte* x, int step) {
-    return _mm512_fmadd_ps(w, _mm512_set1_ps(reinterpret_cast<const float*>(x)[step]), acc);
-  }
-};
-
-template <class P, int kTokens>
-inline void dot_nvfp4_float(const PanelArgs& args, const std::byte* const* x, float* out) {
+template <int kTokens>
+inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, float* out) {
   const int64_t num_records = panel_padded_cols(args.w->cols) / kPanelRecordCols;
-  const typename P::Table table = P::table();
+  const __m512 table =
+      _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
   __m512 sum[kTokens];
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
@@ -139,7 +111,7 @@ inline void dot_nvfp4_float(const PanelArgs& args, const std::byte* const* x, fl
     const std::byte* record = args.packed + rec * kPanelRecordBytes;
     prefetch_record(record);
     for (int group = 0; group < 4; ++group) {
-      const int64_t x_offset = (rec * 4 + group) * P::kGroupActBytes;
+      const int64_t x_offset = (rec * 4 + group) * 16;
       __m512 part[kTokens];
 #pragma GCC unroll 16
       for (int t = 0; t < kTokens; ++t) part[t] = _mm512_setzero_ps();
@@ -147,10 +119,14 @@ inline void dot_nvfp4_float(const PanelArgs& args, const std::byte* const* x, fl
       for (int block = 0; block < 2; ++block) {
         const __m512i codes = load_codes(record + (group * 2 + block) * 64);
 #pragma GCC unroll 8
-        for (int j = 0; j < P::kSteps; ++j) {
-          const auto w = P::decode(table, codes, j);
+        for (int j = 0; j < 8; ++j) {
+          // The shift leaves nibble j in the low bits; the look-up ignores what stands above them.
+          const __m512 w = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * j), table);
 #pragma GCC unroll 16
-          for (int t = 0; t < kTokens; ++t) part[t] = P::mul_add(part[t], w, x[t] + x_offset, block * P::kSteps + j);
+          for (int t = 0; t < kTokens; ++t) {
+            const float value = reinterpret_cast<const float*>(x[t])[x_offset + block * 8 + j];
+            part[t] = _mm512_fmadd_ps(w, _mm512_set1_ps(value), part[t]);
+          }
         }
       }
       const __m512 sf = load_sf(record + 512 + group * 16);
@@ -217,8 +193,7 @@ void dot_nvfp4(const PanelArgs& args) {
     const std::byte* const* x = args.x + t;
     float* out = args.out + t * kPanelRows;
     if (args.form == ActForm::kNvfp4) dot_nvfp4_a4<kTokens>(args, x, out);
-    else if (args.form == ActForm::kBf16Panel) dot_nvfp4_float<Bf16Products, kTokens>(args, x, out);
-    else dot_nvfp4_float<F32Products, kTokens>(args, x, out);
+    else dot_nvfp4_f32<kTokens>(args, x, out);
     t += kTokens;
   };
   while (args.num_x - t >= 12) run(IntConstant<12>{});
@@ -232,42 +207,26 @@ void dot_nvfp4(const PanelArgs& args) {
 
 #include "ops/gemm/act_rows.inl"
 
-// Sixteen columns to bf16, each eight in the order of kBf16Panel or as they stand.
-void prepare_bf16(const float* x, int64_t cols, bool panel_order, std::byte* out) {
-  const __m512i order = panel_order ? _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
-                                    : _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const int64_t padded = panel_padded_cols(cols);
-  for (int64_t k = 0; k < padded; k += 16) {
-    const int64_t left = cols - k;
-    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-    const __m512 v = _mm512_permutexvar_ps(order, _mm512_maskz_loadu_ps(mask, x + k));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k * 2), (__m256i)_mm512_cvtneps_pbh(v));
-  }
-}
-
 void prepare_padded(const float* x, int64_t cols, std::byte* out) {
   const int64_t padded = panel_padded_cols(cols);
   __builtin_memcpy(out, x, static_cast<size_t>(cols) * 4);
   __builtin_memset(out + cols * 4, 0, static_cast<size_t>(padded - cols) * 4);
 }
 
-ActForm form(WeightFormat format, bool x_is_bf16, bool a4) {
-  if (format == WeightFormat::kNvfp4) return a4 ? ActForm::kNvfp4 : x_is_bf16 ? ActForm::kBf16Panel : ActForm::kF32Padded;
-  return format == WeightFormat::kBf16 && x_is_bf16 ? ActForm::kBf16 : ActForm::kF32;
+ActForm form(WeightFormat format, bool, bool a4) {
+  if (format != WeightFormat::kNvfp4) return ActForm::kF32;
+  return a4 ? ActForm::kNvfp4 : ActForm::kF32Padded;
 }
 
 void prepare(ActForm form, const float* x, int64_t cols, std::byte* row) {
-  switch (form) {
-    case ActForm::kNvfp4: return quantize_act_row(x, cols, row);
-    case ActForm::kF32Padded: return prepare_padded(x, cols, row);
-    default: return prepare_bf16(x, cols, form == ActForm::kBf16Panel, row);
-  }
+  if (form == ActForm::kNvfp4) quantize_act_row(x, cols, row);
+  else prepare_padded(x, cols, row);
 }
 
 void dot(const PanelArgs& args) {
   switch (args.w->format) {
     case WeightFormat::kF32: return dot_dense<F32Weight>(args);
-    case WeightFormat::kBf16: return args.form == ActForm::kBf16 ? dot_dense<Bf16Dot>(args) : dot_dense<Bf16Weight>(args);
+    case WeightFormat::kBf16: return dot_dense<Bf16Weight>(args);
     case WeightFormat::kFp8Block: return dot_dense<Fp8Weight>(args);
     case WeightFormat::kNvfp4: return dot_nvfp4(args);
   }
