@@ -50,6 +50,7 @@ struct InspectReport {
   ParameterCount parameters;
   std::vector<KvCost> kv;
 
+  std::string tokenizer;  // one line for people; set by the application, which may use the text library (this may not)
   std::string variant;  // from what is stored: "ModelOpt NVFP4 experts, FP8 blocks", ...
   int num_files = 0;
   int64_t num_tensors = 0;

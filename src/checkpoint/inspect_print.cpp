@@ -106,6 +106,7 @@ std::string inspect_text(const InspectReport& r) {
   out.field("files", "{} weight file{}, {} tensors, {}", r.num_files, r.num_files == 1 ? "" : "s", r.num_tensors,
             bytes_text(r.bytes));
   if (r.has_config) write_model(r, out);
+  if (!r.tokenizer.empty()) out.field("tokenizer", "{}", r.tokenizer);
   if (r.num_files > 0) {
     if (r.has_config) {
       out.line("\nbytes by kind");
@@ -131,6 +132,7 @@ Json inspect_json(const InspectReport& r) {
   return {{"folder", r.folder},
           {"usable", r.usable},
           {"variant", r.variant.empty() ? Json(nullptr) : Json(r.variant)},
+          {"tokenizer", r.tokenizer.empty() ? Json(nullptr) : Json(r.tokenizer)},
           {"files", r.num_files},
           {"tensors", r.num_tensors},
           {"bytes", r.bytes},
