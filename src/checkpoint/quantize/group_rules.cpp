@@ -2,6 +2,7 @@
 #include "checkpoint/quantize/group_rules.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace dsv4 {
 namespace {
@@ -15,40 +16,42 @@ constexpr int kMseCodesAbove = 8;
 // A candidate must beat the rule by more than the rounding of the binary32 error sums, so that it is never really worse.
 constexpr float kClearlyBetter = 1.0f - 8e-6f;
 
+// Four lanes, in the compilers' portable vector types: every x86-64 and AArch64 has them, and each lane rounds as a scalar
+// operation would.
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint64_t U2 __attribute__((vector_size(16)));
+constexpr int kVectors = kGroup / 4;
+
+inline F4 all(float x) { return F4{x, x, x, x}; }
+inline F4 max(F4 a, F4 b) { return a > b ? a : b; }
+inline float sum(F4 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
 struct Group {
-  float magnitude[kGroup];
+  F4 w[kVectors];
+  F4 magnitude[kVectors];
   float amax;
 };
 
-inline void load_group(const float* w, Group& group) {
-  for (int i = 0; i < kGroup; ++i) group.magnitude[i] = absolute(w[i]);
-  float m[kGroup];
-  for (int i = 0; i < kGroup; ++i) m[i] = group.magnitude[i];
-  for (int half = kGroup / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
-  group.amax = m[0];
+inline Group load_group(const float* w) {
+  Group group;
+  std::memcpy(group.w, w, sizeof(group.w));
+  for (int v = 0; v < kVectors; ++v) group.magnitude[v] = reinterpret_cast<F4>(reinterpret_cast<I4>(group.w[v]) & 0x7fffffff);
+  const F4 m = max(max(group.magnitude[0], group.magnitude[1]), max(group.magnitude[2], group.magnitude[3]));
+  group.amax = std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
+  return group;
 }
 
-// The magnitude code of encode_e2m1 (thresholds of codec/e2m1.h), as a sum of comparisons.
-inline int32_t magnitude_code(float x) {
-  return static_cast<int32_t>(x > 0.25f) + static_cast<int32_t>(x >= 0.75f) + static_cast<int32_t>(x > 1.25f) +
-         static_cast<int32_t>(x >= 1.75f) + static_cast<int32_t>(x > 2.5f) + static_cast<int32_t>(x >= 3.5f) +
-         static_cast<int32_t>(x > 5.0f);
+// The magnitude code of encode_e2m1 (thresholds of codec/e2m1.h): minus the sum of comparisons, each 0 or -1.
+inline I4 magnitude_code(F4 x) {
+  return -((x > all(0.25f)) + (x >= all(0.75f)) + (x > all(1.25f)) + (x >= all(1.75f)) + (x > all(2.5f)) + (x >= all(3.5f)) +
+           (x > all(5.0f)));
 }
 
 // 0 .5 1 1.5 2 3 4 6 without a table: the largest of three lines through the codes.
-inline float magnitude_value(int32_t code) {
-  const float m = static_cast<float>(code);
-  const float a = 2.0f * m - 4.0f;
-  const float b = 4.0f * m - 16.0f;
-  const float ab = a > b ? a : b;
-  return 0.5f * (m > ab ? m : ab);
-}
-
-inline float sum16(float* x) {
-  for (int half = kGroup / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+inline F4 magnitude_value(I4 code) {
+  const F4 half = __builtin_convertvector(code, F4) * all(0.5f);
+  return max(half, max(half + half - all(2.0f), all(4.0f) * half - all(8.0f)));
 }
 
 // The global scale with a power of two near its reciprocal: squares are taken in that unit, so that they neither overflow
@@ -63,54 +66,71 @@ struct Scaling {
   }
 };
 
+struct Codes {
+  I4 magnitude[kVectors];
+};
+
 // Codes of a group under one sf; returns the squared error. w' = (e2m1 * sf) * global as decoders compute it.
-inline float encode_magnitudes(const Group& group, uint8_t sf, const Scaling& scaling, int32_t* codes) {
+inline float encode_magnitudes(const Group& group, uint8_t sf, const Scaling& scaling, Codes& codes) {
   const float scale = decode_ue4m3(sf);
-  const float global = scaling.global;
-  const float divisor = scale * global;
-  float error[kGroup];
-  for (int i = 0; i < kGroup; ++i) {
-    const int32_t code = magnitude_code(group.magnitude[i] / divisor);
-    const float difference = (group.magnitude[i] - (magnitude_value(code) * scale) * global) * scaling.unit;
-    codes[i] = code;
-    error[i] = difference * difference;
+  const F4 divisor = all(scale * scaling.global);
+  F4 error = all(0.0f);
+  for (int v = 0; v < kVectors; ++v) {
+    const F4 m = group.magnitude[v];
+    const I4 code = magnitude_code(m / divisor);
+    const F4 difference = (m - (magnitude_value(code) * all(scale)) * all(scaling.global)) * all(scaling.unit);
+    codes.magnitude[v] = code;
+    error += difference * difference;
   }
-  return sum16(error);
+  return sum(error);
 }
 
 // Tries another sf; keeps it if it is better than the best so far and clearly better than the rule's.
 struct Search {
   const Group& group;
   const Scaling& scaling;
-  float limit;      // candidates must be below
+  float limit;  // candidates must be below
   uint8_t best_sf;
   float best_error;
-  int32_t* best_codes;
+  Codes& best;
 
   void attempt(uint8_t sf) {
-    int32_t codes[kGroup];
+    Codes codes;
     const float error = encode_magnitudes(group, sf, scaling, codes);
     if (!(error < limit) || !(error < best_error)) return;
     best_error = error;
     best_sf = sf;
-    for (int i = 0; i < kGroup; ++i) best_codes[i] = codes[i];
+    best = codes;
   }
 };
+
+// Puts the sign of w back (0 for w == -0, codec/nvfp4.h) and packs; returns whether any code is not zero.
+inline bool pack_group(const Group& group, const Codes& codes, uint8_t* out) {
+  I4 any = {0, 0, 0, 0};
+  for (int v = 0; v < kVectors; ++v) {
+    any |= codes.magnitude[v];
+    const I4 nibble = codes.magnitude[v] | ((group.w[v] < all(0.0f)) & 8);
+    const U2 pair = reinterpret_cast<U2>(nibble);  // even element in the low half
+    const U2 byte = pair | (pair >> 28);
+    out[2 * v] = static_cast<uint8_t>(byte[0]);
+    out[2 * v + 1] = static_cast<uint8_t>(byte[1]);
+  }
+  return (any[0] | any[1] | any[2] | any[3]) != 0;
+}
 
 template <ScaleRule kRule>
 GroupLoss encode_groups_with(const float* w, int64_t num_groups, GlobalScale global, uint8_t* codes, uint8_t* sf) {
   const Scaling scaling(global);
   GroupLoss loss;
   for (int64_t g = 0; g < num_groups; ++g, w += kGroup, codes += kGroup / 2) {
-    Group group;
-    load_group(w, group);
+    const Group group = load_group(w);
     const uint8_t rule_sf = nvfp4_weight_sf(group.amax, global);
     sf[g] = rule_sf;
     if (group.amax == 0.0f) {
       std::fill_n(codes, kGroup / 2, uint8_t{0});
       continue;
     }
-    int32_t best[kGroup];
+    Codes best;
     const float rule_error = encode_magnitudes(group, rule_sf, scaling, best);
     float error = rule_error;
     if constexpr (kRule != ScaleRule::kModelOpt) {
@@ -128,20 +148,15 @@ GroupLoss encode_groups_with(const float* w, int64_t num_groups, GlobalScale glo
       error = search.best_error;
     }
 
-    float square[kGroup];
-    for (int i = 0; i < kGroup; ++i) {
-      const float in_unit = group.magnitude[i] * scaling.unit;
-      square[i] = in_unit * in_unit;
+    F4 norm = all(0.0f);
+    for (int v = 0; v < kVectors; ++v) {
+      const F4 in_unit = group.magnitude[v] * all(scaling.unit);
+      norm += in_unit * in_unit;
     }
-    int32_t nibble[kGroup];
-    int32_t any = 0;
-    for (int i = 0; i < kGroup; ++i) any |= best[i];
-    // The sign bit of w, but 0 for w == -0 (codec/nvfp4.h).
-    for (int i = 0; i < kGroup; ++i) nibble[i] = best[i] | (static_cast<int32_t>(w[i] < 0.0f) << 3);
-    for (int j = 0; j < kGroup / 2; ++j) codes[j] = static_cast<uint8_t>(nibble[2 * j] | (nibble[2 * j + 1] << 4));
+    const bool any = pack_group(group, best, codes);
     loss.error_sq += error;
-    loss.norm_sq += sum16(square);
-    loss.num_zeroed += any == 0;
+    loss.norm_sq += sum(norm);
+    loss.num_zeroed += !any;
     // Above 7 the largest element is more than half a step outside a grid that went on with 8.
     loss.num_saturated += group.amax > 7.0f * (decode_ue4m3(sf[g]) * global.value);
   }
@@ -162,9 +177,8 @@ void AmaxRange::add(const AmaxRange& other) {
 AmaxRange group_amax_range(const float* w, int64_t num_groups) {
   AmaxRange range;
   for (int64_t g = 0; g < num_groups; ++g) {
-    Group group;
-    load_group(w + g * kGroup, group);
-    range.add({group.amax, group.amax});
+    const float amax = load_group(w + g * kGroup).amax;
+    range.add({amax, amax});
   }
   return range;
 }
