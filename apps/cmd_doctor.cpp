@@ -1,7 +1,7 @@
 // dsv4 doctor: what this machine offers and which implementation each op will use, with the reason.
 #include <cpuid.h>
 #include <dlfcn.h>
-#include <unistd.h>
+#include <fmt/format.h>
 
 #include <cstdio>
 #include <filesystem>
