@@ -20,42 +20,65 @@ int32_t argmax(std::span<const float> logits) {
   return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-int32_t sample(std::span<const float> logits, const SamplingParams& params, SamplingRng& rng) {
-  DSV4_CHECK(!logits.empty(), "no logits");
-  if (params.temperature <= 0.0f || params.top_k == 1) return argmax(logits);
+namespace {
 
-  static thread_local std::vector<int32_t> order;
-  static thread_local std::vector<double> probability;
-  order.resize(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto before = [&](int32_t a, int32_t b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
-  size_t kept = logits.size();
-  if (params.top_k > 0 && static_cast<size_t>(params.top_k) < kept) {
-    kept = static_cast<size_t>(params.top_k);
-    std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(kept), order.end(), before);
-  } else {
-    std::sort(order.begin(), order.end(), before);
+// Candidates in order of probability, sorted only as far as asked: most draws need the first few of 129,280.
+class RankedTokens {
+ public:
+  explicit RankedTokens(std::span<const float> logits) : logits_(logits), order_(logits.size()) {
+    std::iota(order_.begin(), order_.end(), 0);
+  }
+  int32_t operator[](size_t rank) {
+    if (rank >= sorted_) sort_up_to(std::min(order_.size(), std::max<size_t>(64, 4 * rank)));
+    return order_[rank];
   }
 
-  const double best = logits[order[0]];
-  probability.resize(kept);
-  double sum = 0;
-  for (size_t i = 0; i < kept; ++i) sum += probability[i] = std::exp((logits[order[i]] - best) / params.temperature);
-  for (size_t i = 1; i < kept; ++i)
-    if (probability[i] < params.min_p * probability[0]) kept = i;
+ private:
+  void sort_up_to(size_t count) {
+    std::partial_sort(order_.begin() + static_cast<int64_t>(sorted_), order_.begin() + static_cast<int64_t>(count), order_.end(),
+                      [&](int32_t a, int32_t b) { return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b); });
+    sorted_ = count;
+  }
+  std::span<const float> logits_;
+  std::vector<int32_t> order_;
+  size_t sorted_ = 0;
+};
+
+}  // namespace
+
+int32_t sample(std::span<const float> logits, const SamplingParams& params, SamplingRng& rng) {
+  DSV4_CHECK(!logits.empty(), "no logits");
+  const int32_t best = argmax(logits);
+  if (params.temperature <= 0.0f || params.top_k == 1) return best;
+  const auto weight = [&](int32_t id) {
+    return std::exp((static_cast<double>(logits[id]) - logits[best]) / params.temperature);
+  };
+
+  // Kept: the most likely tokens until top_k of them, top_p of the mass (among the top_k), or min_p cut the list.
+  const size_t limit = params.top_k > 0 ? std::min(logits.size(), static_cast<size_t>(params.top_k)) : logits.size();
+  RankedTokens ranked(logits);
+  double total = 0;
+  if (limit == logits.size()) {
+    for (size_t id = 0; id < logits.size(); ++id) total += weight(static_cast<int32_t>(id));
+  } else {
+    for (size_t rank = 0; rank < limit; ++rank) total += weight(ranked[rank]);
+  }
+  std::vector<double> kept;
   double mass = 0;
-  for (size_t i = 0; i < kept; ++i) {
-    mass += probability[i];
-    if (mass >= params.top_p * sum) kept = i + 1;
+  while (kept.size() < limit && (kept.empty() || mass < params.top_p * total)) {
+    const double next = weight(ranked[kept.size()]);
+    if (!kept.empty() && next < params.min_p) break;
+    kept.push_back(next);
+    mass += next;
   }
 
   const double target = rng.uniform() * mass;
   double reached = 0;
-  for (size_t i = 0; i < kept; ++i) {
-    reached += probability[i];
-    if (reached > target) return order[i];
+  for (size_t rank = 0; rank < kept.size(); ++rank) {
+    reached += kept[rank];
+    if (reached > target) return ranked[rank];
   }
-  return order[kept - 1];
+  return ranked[kept.size() - 1];
 }
 
 }  // namespace dsv4
