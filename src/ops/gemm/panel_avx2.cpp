@@ -173,6 +173,83 @@ inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, floa
   }
 }
 
+// Many rows of x: two records are decoded into L1, where tiles of four rows of x meet them; the sums of rows are parked in
+// scratch. The operations of each sum are those of dot_nvfp4_f32, in the same order.
+constexpr int kDecodedGroups = 8;
+constexpr int kDecodedChunk = 64;  // rows of x per pass over the panel
+constexpr int kMinDecoded = 6;
+
+struct DecodedScratch {
+  DecodedF32 weights[2][kDecodedGroups][2];  // [half][group][block]
+  __m256 sf[2][kDecodedGroups][2];           // [half][group][low, high]
+  __m256 sum[kDecodedChunk][2][2];           // [x row][half][low, high]
+};
+static_assert(sizeof(DecodedScratch) <= kPanelScratchBytes);
+
+void decode_groups(const std::byte* packed, int64_t first_group, int num_groups, DecodedScratch& s) {
+  for (int i = 0; i < num_groups; ++i) {
+    const int64_t group = first_group + i;
+    const std::byte* record = packed + group / 4 * kPanelRecordBytes;
+    for (int half = 0; half < 2; ++half) {
+      for (int block = 0; block < 2; ++block)
+        s.weights[half][i][block] = decode_f32(load_codes(record + (group % 4 * 2 + block) * 64 + half * 32));
+      const __m256 sf = load_sf(record + 512 + group % 4 * 16 + half * 8);
+      s.sf[half][i][0] = _mm256_unpacklo_ps(sf, sf);
+      s.sf[half][i][1] = _mm256_unpackhi_ps(sf, sf);
+    }
+  }
+}
+
+template <int kTokens>
+inline void dot_decoded(DecodedScratch& s, int token, const std::byte* const* x, int64_t first_group, int num_groups) {
+  for (int half = 0; half < 2; ++half) {
+    for (int group = 0; group < num_groups; ++group) {
+      __m256 low[kTokens], high[kTokens];
+#pragma GCC unroll 2
+      for (int block = 0; block < 2; ++block) {
+        const DecodedF32& d = s.weights[half][group][block];
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; ++p) {
+#pragma GCC unroll 4
+          for (int t = 0; t < kTokens; ++t) {
+            const float* xt = reinterpret_cast<const float*>(x[t]) + (first_group + group) * 16 + block * 8 + p * 2;
+            const __m256 pair = broadcast_pair(xt);
+            low[t] = block + p == 0 ? _mm256_mul_ps(d.low[p], pair) : _mm256_fmadd_ps(d.low[p], pair, low[t]);
+            high[t] = block + p == 0 ? _mm256_mul_ps(d.high[p], pair) : _mm256_fmadd_ps(d.high[p], pair, high[t]);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        __m256* sum = s.sum[token + t][half];
+        sum[0] = _mm256_fmadd_ps(low[t], s.sf[half][group][0], sum[0]);
+        sum[1] = _mm256_fmadd_ps(high[t], s.sf[half][group][1], sum[1]);
+      }
+    }
+  }
+}
+
+void dot_nvfp4_f32_many(const PanelArgs& args, const std::byte* const* x, int num_x, float* out) {
+  DecodedScratch& s = *reinterpret_cast<DecodedScratch*>(args.scratch);
+  const int64_t total_groups = panel_padded_cols(args.w->cols) / 16;
+  for (int t = 0; t < num_x; ++t)
+    for (int i = 0; i < 4; ++i) s.sum[t][i / 2][i % 2] = _mm256_setzero_ps();
+  for (int64_t first = 0; first < total_groups; first += kDecodedGroups) {
+    const int num_groups = static_cast<int>(total_groups - first < kDecodedGroups ? total_groups - first : kDecodedGroups);
+    decode_groups(args.packed, first, num_groups, s);
+    int t = 0;
+    for (; t + 4 <= num_x; t += 4) dot_decoded<4>(s, t, x + t, first, num_groups);
+    if (num_x - t == 3) dot_decoded<3>(s, t, x + t, first, num_groups);
+    else if (num_x - t == 2) dot_decoded<2>(s, t, x + t, first, num_groups);
+    else if (num_x - t == 1) dot_decoded<1>(s, t, x + t, first, num_groups);
+  }
+  const __m256 factor = _mm256_set1_ps(args.w->global.value * 256.0f);
+  for (int t = 0; t < num_x; ++t)
+    for (int half = 0; half < 2; ++half)
+      _mm256_storeu_ps(out + t * kPanelRows + half * 8,
+                       _mm256_mul_ps(_mm256_hadd_ps(s.sum[t][half][0], s.sum[t][half][1]), factor));
+}
+
 template <int kTokens>
 inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float* out) {
   const int64_t padded = panel_padded_cols(args.w->cols);
@@ -230,6 +307,13 @@ void dot_nvfp4(const PanelArgs& args) {
     else dot_nvfp4_f32<kTokens>(args, args.x + t, args.out + t * kPanelRows);
     t += kTokens;
   };
+  if constexpr (!kA4) {
+    while (args.num_x - t >= kMinDecoded) {
+      const int count = static_cast<int>(args.num_x - t < kDecodedChunk ? args.num_x - t : kDecodedChunk);
+      dot_nvfp4_f32_many(args, args.x + t, count, args.out + t * kPanelRows);
+      t += count;
+    }
+  }
   while (args.num_x - t >= 4) run(IntConstant<4>{});
   if (args.num_x - t == 3) run(IntConstant<3>{});
   else if (args.num_x - t == 2) run(IntConstant<2>{});

@@ -196,8 +196,7 @@ void dot_nvfp4(const PanelArgs& args) {
     else dot_nvfp4_f32<kTokens>(args, x, out);
     t += kTokens;
   };
-  while (args.num_x - t >= 12) run(IntConstant<12>{});
-  if (args.num_x - t >= 8) run(IntConstant<8>{});
+  while (args.num_x - t >= 8) run(IntConstant<8>{});
   if (args.num_x - t >= 4) run(IntConstant<4>{});
   if (args.num_x - t >= 2) run(IntConstant<2>{});
   if (args.num_x - t >= 1) run(IntConstant<1>{});
