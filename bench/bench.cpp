@@ -13,6 +13,10 @@ namespace {
 constexpr BenchOp kOps[] = {
     {"gemm", "expert and dense matrices: bf16, fp8, nvfp4 with f32, bf16 (a16) and nvfp4 (a4) activations", bench_gemm},
     {"moe", "one mixture-of-experts layer with its shared expert, a16 and a4", bench_moe},
+    {"attention", "one layer's attention at 64K tokens of context, every cache row format", bench_attention},
+    {"indexer", "scores and top-k of 64K tokens of context, every key format", bench_indexer},
+    {"hyper_connection", "pre and post of one site", bench_hyper_connection},
+    {"compressor", "CSA and HCA compression of a chunk", bench_compressor},
 };
 
 double now() {

@@ -83,6 +83,10 @@ std::span<const BenchOp> bench_ops();
 // One function per op.
 void bench_gemm(Bench& bench);
 void bench_moe(Bench& bench);
+void bench_attention(Bench& bench);
+void bench_indexer(Bench& bench);
+void bench_hyper_connection(Bench& bench);
+void bench_compressor(Bench& bench);
 
 // A weight that owns its bytes: random codes, scale factors in the middle of their range.
 struct RandomWeight {

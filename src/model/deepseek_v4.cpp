@@ -153,7 +153,9 @@ int64_t DeepseekV4::forward(std::span<const SequenceInput> inputs, std::vector<f
             config().hidden, config().rms_norm_eps, step.round()},
            context_);
   logits.resize(static_cast<size_t>(num_wanted * config().vocab_size));
-  gemm({work.head_in.data(), &weights_.head, logits.data(), num_wanted, config().hidden, config().vocab_size, false}, context_);
+  gemm({work.head_in.data(), &weights_.head, logits.data(), num_wanted, config().hidden, config().vocab_size,
+        /*round_output=*/false, /*x_is_bf16=*/step.round()},
+       context_);
   return num_wanted;
 }
 

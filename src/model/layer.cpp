@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "ops/attention/attention.h"
 #include "ops/compressor/compressor.h"
@@ -30,7 +31,7 @@ int32_t* sized(std::vector<int32_t>& buffer, int64_t count) {
 // y = x W^T for every token of the step.
 float* linear(const StepContext& step, const Weight& w, const float* x, std::vector<float>& y, bool round) {
   float* out = sized(y, step.num_tokens() * w.view.rows);
-  gemm({x, &w, out, step.num_tokens(), w.view.cols, w.view.rows, round}, step.cpu);
+  gemm({x, &w, out, step.num_tokens(), w.view.cols, w.view.rows, round, /*x_is_bf16=*/step.round()}, step.cpu);
   return out;
 }
 
@@ -166,7 +167,7 @@ void project_out(const StepContext& step, const AttentionWeights& attn, const Ro
   float* low = sized(scratch.o_low, step.num_tokens() * low_width);
   for (int group = 0; group < config.o_groups; ++group)
     gemm({o + group * group_width, &attn.wo_a[static_cast<size_t>(group)], low + group * config.o_lora_rank, step.num_tokens(), width,
-          low_width, step.round()},
+          low_width, step.round(), /*x_is_bf16=*/step.round()},
          step.cpu);
   linear(step, attn.wo_b, low, scratch.sublayer_out, step.round());
 }
@@ -256,7 +257,7 @@ void ffn_block(const StepContext& step, int layer_idx, LayerScratch& scratch) {
        .inter = config.moe_inter,
        .num_experts = config.num_experts,
        .num_topk = config.num_topk,
-       .swiglu_limit = config.swiglu_limit,
+       .swiglu_limit = config.swiglu_limit > 0 ? config.swiglu_limit : std::numeric_limits<float>::infinity(),
        .precision = step.precision},
       step.cpu);
 }
