@@ -25,7 +25,7 @@ std::array<NamedBytes, 3> row_formats(const ModelConfig& c) {
   const int64_t rope_bytes = 2 * c.rope_dim;
   return {NamedBytes{"bf16", 2 * c.head_dim},
           NamedBytes{"fp8", nope + rope_bytes + round_up(ceil_div(nope, kFp8KvBlock), 8)},
-          NamedBytes{"nvfp4", nope / 2 + rope_bytes + round_up(nope / kNvfp4GroupSize, 8)}};
+          NamedBytes{"nvfp4", nope / 2 + rope_bytes + round_up(ceil_div(nope, kNvfp4GroupSize), 8)}};
 }
 std::array<NamedBytes, 3> index_formats(const ModelConfig& c) {
   const int64_t dim = c.index_head_dim;

@@ -107,6 +107,7 @@ Json final_config(const SynthOptions& options) {
   Json config = options.config;
   config.erase("quantization_config");
   config.erase("expert_dtype");
+  config["num_nextn_predict_layers"] = 0;  // no draft layers are written
   const Json quantization = quantization_config(options.variant, config.value("num_hidden_layers", 0));
   if (!quantization.is_null()) config["quantization_config"] = quantization;
   if (options.variant == SynthVariant::kOfficial || options.variant == SynthVariant::kModelOpt) config["expert_dtype"] = "fp4";
@@ -193,7 +194,8 @@ void resize_synth_config(Json& config, int num_layers, int num_experts) {
   const ModelConfig model = parse_model_config(config, "synth configuration");
   if (num_layers > 0) {
     std::vector<int> ratios = model.compress_ratios;
-    while (ratios.size() < static_cast<size_t>(num_layers)) ratios.push_back(ratios[ratios.size() - std::min<size_t>(2, ratios.size())]);
+    while (ratios.size() < static_cast<size_t>(num_layers))
+      ratios.push_back(ratios[ratios.size() - std::min<size_t>(2, ratios.size())]);
     ratios.resize(static_cast<size_t>(num_layers));
     config["compress_ratios"] = ratios;
     config["num_hidden_layers"] = num_layers;
@@ -203,7 +205,6 @@ void resize_synth_config(Json& config, int num_layers, int num_experts) {
     config["n_routed_experts"] = num_experts;
     config["num_experts_per_tok"] = std::min(model.num_topk, num_experts);
   }
-  config["num_nextn_predict_layers"] = 0;
 }
 
 std::string synth_tokenizer_json(int64_t vocab_size, int64_t bos_token_id, int64_t eos_token_id) {

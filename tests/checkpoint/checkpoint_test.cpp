@@ -158,6 +158,29 @@ TEST(Checkpoint, TruncatedWeightsAreRefused) {
   expect_unusable(folder, {"model.safetensors", "truncated", "inventory not checked"});
 }
 
+TEST(Checkpoint, DamagedHeadersNeverEndInAnythingButBadInput) {
+  TempFolder folder;
+  write_tiny(folder.path(), SynthVariant::kModelOpt);
+  const std::string path = folder / "model.safetensors", bytes = read_bytes(path);
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, bytes.data(), 8);
+  uint64_t state = 1;
+  int refused = 0;
+  for (int round = 0; round < 150; ++round) {
+    std::string damaged = bytes;
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    damaged[8 + (state >> 20) % header_bytes] ^= static_cast<char>(1 << (state >> 61));
+    write_bytes(path, damaged);
+    try {
+      open_checkpoint(folder.path());
+    } catch (const Error& error) {
+      ASSERT_EQ(error.kind(), ErrorKind::kBadInput) << error.what();
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, 130) << "a flip may hide only in blanks";
+}
+
 class ShardedFolder : public ::testing::Test {
  protected:
   void SetUp() override {

@@ -212,6 +212,12 @@ TEST(Config, HostileValuesArePrintedShort) {
   }
 }
 
+TEST(Config, EveryProperPrefixOfTheFileIsRefused) {
+  const std::string text = tiny_config().dump();
+  for (size_t length = 0; length < text.size(); ++length)
+    expect_bad_input({"config.json", "invalid JSON"}, [&] { parse(parse_json(text.substr(0, length), "config.json")); });
+}
+
 TEST(Config, RootMustBeAnObject) {
   for (const Json& root : {Json::array(), Json(3), Json("x"), Json(nullptr)})
     expect_bad_input({"config.json", "not a JSON object"}, [&] { parse(root); });

@@ -47,6 +47,26 @@ TEST(Safetensors, EveryProperPrefixOfAFileIsRefused) {
   expect_refused(bytes + "x", {"12", "13 bytes"});
 }
 
+TEST(Safetensors, NoBitFlipGetsAViewOutsideTheFile) {
+  const std::string bytes = safetensors_bytes(kTwoTensors, "12345678abcd");
+  int accepted = 0;
+  for (size_t bit = 0; bit < 8 * bytes.size(); ++bit) {
+    std::string flipped = bytes;
+    flipped[bit / 8] = static_cast<char>(flipped[bit / 8] ^ (1 << (bit % 8)));
+    try {
+      for (const auto& [name, tensor] : parse(flipped).tensors) {
+        const char* data = reinterpret_cast<const char*>(tensor.data);
+        ASSERT_GE(data, flipped.data()) << bit;
+        ASSERT_LE(data + tensor.bytes(), flipped.data() + flipped.size()) << bit;
+      }
+      ++accepted;
+    } catch (const Error& error) {
+      ASSERT_EQ(error.kind(), ErrorKind::kBadInput) << bit << ": " << error.what();
+    }
+  }
+  EXPECT_GT(accepted, 8 * 12) << "flips in the data and in names are not for the reader to see";
+}
+
 TEST(Safetensors, HeaderLengthIsCheckedBeforeUse) {
   expect_refused("", {"0 bytes"});
   expect_refused("1234567", {"7 bytes", "8-byte header length"});
