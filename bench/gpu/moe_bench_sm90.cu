@@ -2,7 +2,7 @@
 //
 //   moe_bench check [seed]      many shapes, token counts and routings, both tiers, a16 and a4
 //   moe_bench fuzz N            N random (T, routing) cases on a small shape, 16-bit equality of the tiers and error bound
-//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled] [--act a16|a4] [--json FILE]
+//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled64|tiled120] [--act a16|a4] [--json FILE]
 //   moe_bench ceilings
 //
 // Method (docs/kernels/moe_sm90.md): R layers per graph, each with its own routing, input and output; L2 flushed before each
@@ -179,7 +179,7 @@ MoePlanInput plan_input(const Shape& s, int64_t tokens, const Tier& tier) {
 MoePlan make_plan(const Shape& s, int64_t tokens, const Tier& tier) {
   const MoePlanInput in = plan_input(s, tokens, tier);
   MoePlan plan = plan_moe(in);
-  if (tier.name == "tiled") plan.tier = MoeTier::kTiled;
+  if (tier.name.rfind("tiled", 0) == 0) plan.tier = MoeTier::kTiled, plan.tile_rows = tier.name == "tiled120" ? 120 : 64;
   if (tier.name == "stream8") plan.tier = MoeTier::kStream, plan.max_rows = 8;
   if (tier.name == "stream16") plan.tier = MoeTier::kStream, plan.max_rows = 16;
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
@@ -288,8 +288,8 @@ int run_check(uint64_t seed) {
     for (const int64_t tokens : big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
       for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles, Routing::kNone, Routing::kDuplicates}) {
         if (big && tokens > 64 && routing != Routing::kZipf && routing != Routing::kOneExpert) continue;
-        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
-          if (tier.name != "tiled" && tokens * s.topk > sm90::kStreamMaxSlots) continue;
+        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled64"}, Tier{"tiled120"}, Tier{"tiled64", ActFormat::kNvfp4}, Tier{"tiled120", ActFormat::kNvfp4}}) {
+          if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
           ++count;
           failed += !check_case(m, tokens, routing, seed + 1000 * tokens + int(routing), tier, stream.get(), big);
         }
@@ -306,7 +306,7 @@ int run_fuzz(int n, const std::string& shape) {
   const int64_t max_tokens = 160;
   int failed = 0;
   const auto bytes = [&](const Tier& t) { return make_plan(s, max_tokens, t).workspace_bytes; };
-  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled"})) + 1024);
+  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled64"})) + 1024);
   init_moe_workspace(workspace.data(), plan_input(s, max_tokens, {}), stream.get());
   for (int i = 0; i < n && failed < 5; ++i) {
     const uint64_t r = mix(i);
@@ -314,8 +314,8 @@ int run_fuzz(int n, const std::string& shape) {
     const Routing routing = static_cast<Routing>((r >> 40) % 6);
     Layer l = make_layer(s, tokens, routing, i, i % 2 == 0, stream.get());
     const Reference ref = make_reference(m, l, ActFormat::kBf16, stream.get());
-    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}}) {
-      if (tier.name != "tiled" && tokens * s.topk > sm90::kStreamMaxSlots) continue;
+    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled64"}, Tier{"tiled120"}}) {
+      if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
       gpu::fill(l.y.data(), 0xff, l.y.bytes(), stream.get());
       run_layer(m, l, tier, make_plan(s, tokens, tier), workspace, stream.get());
       const Comparison c = compare(l.y.as<bf16>(), ref.y.as<float>(), nullptr, tokens * s.hidden, stream.get());
@@ -391,6 +391,7 @@ struct TimeOptions {
   std::string json;
   double stream_gbs = 4600, matmul_tflops = 790;
   int samples = 30;
+  bool weights_only = true;
 };
 
 int run_time(const std::string& name, const TimeOptions& options) {
@@ -420,7 +421,7 @@ int run_time(const std::string& name, const TimeOptions& options) {
         init_moe_workspace(workspace.data(), plan_input(s, tokens, tier), stream.get());
         const double us = median_us(stream, flush, copies, options.samples, 0.3, [&](int i, cudaStream_t on) { run_layer(m, layers[i], tier, plan, workspace, on); });
         double stream_us = 0;
-        if (plan.tier == MoeTier::kStream)
+        if (plan.tier == MoeTier::kStream && options.weights_only)
           stream_us = median_us(stream, flush, copies, options.samples, 0.1, [&](int i, cudaStream_t on) {
             sm90::MoeStreamArgs a{};
             const MoeWorkspace layout = layout_moe_workspace(plan_input(s, tokens, tier), MoeTier::kStream);
@@ -508,6 +509,8 @@ int main(int argc, char** argv) {
           act = value == "a4" ? ActFormat::kNvfp4 : ActFormat::kBf16;
         } else if (key == "--json") {
           options.json = value;
+        } else if (key == "--weights-only") {
+          options.weights_only = value == "1";
         } else if (key == "--samples") {
           options.samples = atoi(value.c_str());
         } else {

@@ -164,16 +164,19 @@ void bench_dequantize(bench::Bench& b) {
   }
   // 512 of one million rows for each of 128 sequences.
   constexpr int64_t kPool = 1 << 20, kGather = 128 * 512;
+  gpu::DeviceBuffer pool_codes(kPool * 512 / 2), pool_sf(kPool * 512 / 16);
+  bench::fill_random(pool_codes.data(), pool_codes.bytes(), 1, b.context().stream);
+  bench::fill_random_sf(pool_sf.data(), pool_sf.bytes(), 2, b.context().stream);
   for (const int64_t cols : {int64_t{512}, int64_t{128}}) {
     std::mt19937 random(1);
-    std::vector<int32_t> host(2 * kGather);
+    std::vector<int32_t> host(4 * kGather);
     for (int32_t& row : host) row = static_cast<int32_t>(random() % kPool);
-    gpu::DeviceBuffer rows(host.size() * 4), bad(4);
+    gpu::DeviceBuffer rows(static_cast<int64_t>(host.size()) * 4), bad(4);
     gpu::copy_to_device(rows.data(), host.data(), rows.bytes(), b.context().stream);
     b.stream("dequantize_rows", std::to_string(kGather) + " of 1M rows of " + std::to_string(cols) + " ->bf16",
-             dequantize_cost(kGather, cols, 2).bytes + 4.0 * kGather, "copy", 2, [&](const GpuContext& context, int i) {
-               dequantize_rows(DequantizeArgs{codes.as<uint8_t>(), sf.as<uint8_t>(), nullptr, rows.as<int32_t>() + i * kGather, bad.as<int32_t>(),
-                                              y.as<uint8_t>() + i * kGather * cols * 2, false, GlobalMode::kOne, SfLayout::kLinear, kPool * 256 / cols, kGather, cols},
+             dequantize_cost(kGather, cols, 2).bytes + 4.0 * kGather, "copy", 4, [&](const GpuContext& context, int i) {
+               dequantize_rows(DequantizeArgs{pool_codes.as<uint8_t>(), pool_sf.as<uint8_t>(), nullptr, rows.as<int32_t>() + i * kGather, bad.as<int32_t>(),
+                                              y.as<uint8_t>() + i * kGather * cols * 2, false, GlobalMode::kOne, SfLayout::kLinear, kPool, kGather, cols},
                                context);
              });
   }

@@ -98,6 +98,9 @@ __device__ __forceinline__ uint32_t map_to_cta(const void* pointer, uint32_t cta
 __device__ __forceinline__ void store_cluster_f32(uint32_t address, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
+__device__ __forceinline__ void store_cluster_f64(uint32_t address, double value) {
+  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(value) : "memory");
+}
 __device__ __forceinline__ float load_cluster_f32(uint32_t address) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");

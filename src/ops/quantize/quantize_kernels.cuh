@@ -227,6 +227,20 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
   zero_sf_padding(out, shape, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }
 
+inline QuantizeShape make_quantize_shape(const QuantizedRows& out, int64_t num_rows, int64_t cols) {
+  const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
+  QuantizeShape shape{};
+  shape.num_rows = static_cast<uint32_t>(num_rows);
+  shape.vecs_per_row = static_cast<uint32_t>(cols / 16);
+  shape.num_vecs = shape.num_rows * shape.vecs_per_row;
+  shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
+  shape.by_sf_matrix_rows = gpu::FastDiv(shape.sf_matrix_rows);
+  shape.quads_per_row = (shape.vecs_per_row + 3) / 4;
+  shape.sf_matrix_bytes = sf_bytes(SfLayout::k128x4, matrix_rows, shape.vecs_per_row);
+  shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
+  return shape;
+}
+
 // Checks what all quantisers share, picks the kernel, launches. kUnroll: vectors a thread has in flight in the stream kernel.
 template <int kUnroll, class Source>
 void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
@@ -241,15 +255,7 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
   const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
   DSV4_GPU_REQUIRE(op, num_rows % matrix_rows == 0, "num_rows = %lld is not a multiple of sf_matrix_rows = %lld", static_cast<long long>(num_rows),
                    static_cast<long long>(matrix_rows));
-  QuantizeShape shape{};
-  shape.num_rows = static_cast<uint32_t>(num_rows);
-  shape.vecs_per_row = static_cast<uint32_t>(cols / 16);
-  shape.num_vecs = shape.num_rows * shape.vecs_per_row;
-  shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
-  shape.by_sf_matrix_rows = gpu::FastDiv(shape.sf_matrix_rows);
-  shape.quads_per_row = (shape.vecs_per_row + 3) / 4;
-  shape.sf_matrix_bytes = sf_bytes(SfLayout::k128x4, matrix_rows, shape.vecs_per_row);
-  shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
+  const QuantizeShape shape = make_quantize_shape(out, num_rows, cols);
   gpu::LaunchConfig config{.stream = context.stream, .dependent = context.dependent};
   if (norm.weight || out.global_mode == GlobalMode::kComputeRow) {
     DSV4_GPU_REQUIRE(op, cols <= 16384, "cols = %lld: at most 16384 where a row must be seen whole", static_cast<long long>(cols));

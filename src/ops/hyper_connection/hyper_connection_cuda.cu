@@ -1,0 +1,423 @@
+// hyper_connection_boundary: a cluster holds the mix matrix in its shared memories, 256 (or 512) channels of all four streams a CTA,
+// and takes one tile of tokens after the other. Three exchanges through distributed shared memory per tile: mix sums, squares of the
+// collapsed row, and (for a computed row global) its amax. A ninth warp runs Sinkhorn beside the eight that finish the row.
+#include <cmath>
+
+#include "gpu/launch.h"
+#include "gpu/ptx/copy.cuh"
+#include "gpu/ptx/sync.cuh"
+#include "ops/hyper_connection/hyper_connection_gpu.h"
+#include "ops/quantize/quantize_kernels.cuh"
+
+namespace dsv4 {
+namespace {
+
+constexpr int kComputeThreads = 256, kComputeWarps = kComputeThreads / 32;
+constexpr int kThreads = kComputeThreads + 32;
+constexpr int kMaxCluster = 16;
+constexpr int kStreams = 4;
+constexpr int kSquareLane = 24;  // of the 32 sums: 0..23 mix, 24 squares
+constexpr uint32_t kComputeBarrier = 1;
+
+template <int kMix_, int kTokens_, int kChannelsPerThread_>
+struct Traits {
+  static constexpr int kMix = kMix_, kTokens = kTokens_, kPer = kChannelsPerThread_;
+  static constexpr int kChannels = kComputeThreads * kPer;
+  static constexpr bool kHead = kMix == kStreams;
+  struct SharedStorage {
+    alignas(16) float fn[kMix][kStreams][kChannels];
+    alignas(16) float rows[kTokens][kChannels];
+    float warp_sums[kComputeWarps][kTokens][32];
+    float cluster_sums[kMaxCluster][kTokens][32];
+    double warp_squares[kComputeWarps][kTokens];
+    double cluster_squares[kMaxCluster][kTokens];
+    float warp_amax[kComputeWarps][kTokens];
+    float cluster_amax[kMaxCluster][kTokens];
+    float pre[kTokens][kStreams];
+    float logits[kTokens][kStreams * kStreams];
+  };
+};
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// v[i] of all lanes summed; lane l returns the sum of v[l]. 31 exchanges instead of 160.
+__device__ __forceinline__ float transpose_sum(float (&v)[32]) {
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < step; ++i) {
+      const float sent = upper ? v[i] : v[i + step];
+      const float kept = upper ? v[i + step] : v[i];
+      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, step);
+    }
+  }
+  return v[0];
+}
+
+template <class T>
+__device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, uint32_t rank, typename T::SharedStorage& shared) {
+  constexpr int kPieces = T::kChannels / 4;
+  for (int i = threadIdx.x; i < T::kMix * kStreams * kPieces; i += kThreads) {
+    const int row = i / kPieces, piece = i % kPieces;  // row = mix * 4 + stream
+    ptx::async_copy_16(&shared.fn[0][0][0] + row * T::kChannels + 4 * piece,
+                       args.fn + int64_t{row} * args.hidden + rank * T::kChannels + 4 * piece);
+  }
+  ptx::async_copy_commit();
+}
+
+// New streams of one token, in registers and (with a sub-layer output) in memory. Absent tokens give zeros.
+template <class T>
+__device__ __forceinline__ void spread(const HcBoundaryArgs& args, int64_t token, uint32_t rank, float (&x)[kStreams][T::kPer]) {
+  if (token >= args.num_tokens) {
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+      for (int c = 0; c < T::kPer; ++c) x[j][c] = 0.0f;
+    return;
+  }
+  const int64_t channel = rank * T::kChannels + threadIdx.x;
+  float old[kStreams][T::kPer];
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) old[j][c] = decode_bf16(args.streams[(token * kStreams + j) * args.hidden + channel + c * kComputeThreads]);
+  if (!args.sublayer_out) {
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+      for (int c = 0; c < T::kPer; ++c) x[j][c] = old[j][c];
+    return;
+  }
+  float out[T::kPer];
+#pragma unroll
+  for (int c = 0; c < T::kPer; ++c) out[c] = decode_bf16(args.sublayer_out[token * args.hidden + channel + c * kComputeThreads]);
+#pragma unroll
+  for (int k = 0; k < kStreams; ++k) {
+    const float post = args.post[token * kStreams + k];
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) {
+      float sum = post * out[c];
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) sum = __fmaf_rn(args.comb[(token * kStreams + j) * kStreams + k], old[j][c], sum);
+      const bf16 rounded = encode_bf16(sum);
+      args.streams_out[(token * kStreams + k) * args.hidden + channel + c * kComputeThreads] = rounded;
+      x[k][c] = decode_bf16(rounded);
+    }
+  }
+}
+
+// Sum over the cluster of what cluster_sums holds for this lane.
+template <class T>
+__device__ __forceinline__ float mix_value(const HcBoundaryArgs& args, int t, uint32_t cluster, const typename T::SharedStorage& shared) {
+  const uint32_t lane = threadIdx.x % 32;
+  float sum = 0;
+  for (uint32_t r = 0; r < cluster; ++r) sum += shared.cluster_sums[r][t][lane];
+  const float squares = __shfl_sync(0xffffffffu, sum, kSquareLane);
+  return sum * __frcp_rn(__fsqrt_rn(squares / static_cast<float>(kStreams * args.hidden) + args.rms_eps));
+}
+
+// Rows, then columns, each divided by its sum + eps; c is row-major.
+__device__ __forceinline__ void sinkhorn(float (&c)[16], int iters, float eps) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float max = fmaxf(fmaxf(c[4 * j], c[4 * j + 1]), fmaxf(c[4 * j + 2], c[4 * j + 3]));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c[4 * j + k] = expf(c[4 * j + k] - max);
+    const float factor = __frcp_rn((c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + c[4 * j + 3]));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) c[4 * j + k] = c[4 * j + k] * factor + eps;
+  }
+  const auto columns = [&] {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float d = (c[k] + c[4 + k]) + (c[8 + k] + c[12 + k]) + eps;
+      const float approximate = ptx::rcp_approx(d), factor = __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) c[4 * j + k] *= factor;
+    }
+  };
+  columns();
+  for (int iter = 1; iter < iters; ++iter) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float d = (c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + c[4 * j + 3]) + eps;
+      const float approximate = ptx::rcp_approx(d), factor = __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) c[4 * j + k] *= factor;
+    }
+    columns();
+  }
+}
+
+// The ninth warp of the cluster's first CTA: post of the tile's tokens, and the logits of comb.
+template <class T>
+__device__ __forceinline__ void write_post(const HcBoundaryArgs& args, int64_t first_token, uint32_t cluster, typename T::SharedStorage& shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+    const float m = mix_value<T>(args, t, cluster, shared);
+    const bool valid = first_token + t < args.num_tokens;
+    if (valid && lane >= 4 && lane < 8) args.post_out[(first_token + t) * kStreams + lane - 4] = 2.0f * sigmoid(m * args.scale[1] + args.base[lane]);
+    if (lane >= 8 && lane < 24) shared.logits[t][lane - 8] = m * args.scale[2] + args.base[lane];
+  }
+  __syncwarp();
+}
+
+// The same warp: Sinkhorn, a token a lane.
+template <class T>
+__device__ __forceinline__ void write_comb(const HcBoundaryArgs& args, int64_t first_token, typename T::SharedStorage& shared) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (lane < T::kTokens && first_token + lane < args.num_tokens) {
+    float c[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) c[i] = shared.logits[lane][i];
+    sinkhorn(c, args.sinkhorn_iters, args.hc_eps);
+    auto* to = reinterpret_cast<float4*>(args.comb_out + (first_token + lane) * 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = {c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]};
+  }
+  __syncwarp();
+}
+
+// Mix sums of the tile: over the thread's channels, the warp, the CTA; sent to every CTA of the cluster.
+template <class T>
+__device__ __forceinline__ void mix(const float (&x)[T::kTokens][kStreams][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float sums[T::kTokens][32] = {};
+#pragma unroll
+  for (int k = 0; k < T::kMix; ++k)
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+      for (int c = 0; c < T::kPer; ++c) {
+        const float w = shared.fn[k][j][threadIdx.x + c * kComputeThreads];
+#pragma unroll
+        for (int t = 0; t < T::kTokens; ++t) sums[t][k] = __fmaf_rn(w, x[t][j][c], sums[t][k]);
+      }
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+#pragma unroll
+    for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+      for (int c = 0; c < T::kPer; ++c) sums[t][kSquareLane] = __fmaf_rn(x[t][j][c], x[t][j][c], sums[t][kSquareLane]);
+    shared.warp_sums[warp][t][lane] = transpose_sum(sums[t]);
+  }
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_sums[w][t][lane];
+    for (uint32_t r = warp; r < cluster; r += kComputeWarps) ptx::store_cluster_f32(ptx::map_to_cta(&shared.cluster_sums[rank][t][lane], r), sum);
+  }
+}
+
+// Sum of squares (binary64) and amax of every token's row slice, to every CTA. Returns after the CTA's own part is sent.
+template <class T>
+__device__ __forceinline__ void send_squares(const float (&y)[T::kTokens][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+    double sum = 0;
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) sum = __fma_rn(static_cast<double>(y[t][c]), static_cast<double>(y[t][c]), sum);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (lane == 0) shared.warp_squares[warp][t] = sum;
+  }
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  if (threadIdx.x < cluster * T::kTokens) {
+    const uint32_t to = threadIdx.x / T::kTokens, t = threadIdx.x % T::kTokens;
+    double sum = 0;
+#pragma unroll
+    for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_squares[w][t];
+    ptx::store_cluster_f64(ptx::map_to_cta(&shared.cluster_squares[rank][t], to), sum);
+  }
+}
+template <class T>
+__device__ __forceinline__ void send_amax(const float (&y)[T::kTokens][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+    float amax = 0;
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) amax = fmaxf(amax, fabsf(y[t][c]));
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
+    if (lane == 0) shared.warp_amax[warp][t] = amax;
+  }
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  if (threadIdx.x < cluster * T::kTokens) {
+    const uint32_t to = threadIdx.x / T::kTokens, t = threadIdx.x % T::kTokens;
+    float amax = 0;
+#pragma unroll
+    for (int w = 0; w < kComputeWarps; ++w) amax = fmaxf(amax, shared.warp_amax[w][t]);
+    ptx::store_cluster_f32(ptx::map_to_cta(&shared.cluster_amax[rank][t], to), amax);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_rows(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster,
+                                           const float (&y)[T::kTokens][T::kPer], typename T::SharedStorage& shared) {
+  constexpr int kVecs = T::kChannels / 16;  // of a token's slice
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t)
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) shared.rows[t][threadIdx.x + c * kComputeThreads] = y[t][c];
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  // A warp stays within one token: kVecs is 16 or 32, so for 16 only the lower half of its lanes have a vector.
+  constexpr int kWarpsPerToken = (kVecs + 31) / 32;
+  for (int job = static_cast<int>(threadIdx.x / 32); job < T::kTokens * kWarpsPerToken; job += kComputeWarps) {
+    const int t = job / kWarpsPerToken, vec = static_cast<int>(threadIdx.x % 32);
+    const int64_t token = first_token + t;
+    const bool valid = vec < kVecs && token < args.num_tokens;
+    const auto row = static_cast<uint32_t>(token < args.num_tokens ? token : 0);
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) x[i] = valid ? shared.rows[t][16 * vec + i] : 0.0f;
+    float global = 1.0f;
+    if (args.out.global_mode == GlobalMode::kGiven) global = args.out.global[0];
+    if (args.out.global_mode == GlobalMode::kPerRow) global = args.out.global[row];
+    if (args.out.global_mode == GlobalMode::kComputeRow) {
+      float amax = 0;
+      for (uint32_t r = 0; r < cluster; ++r) amax = fmaxf(amax, shared.cluster_amax[r][t]);
+      global = nvfp4_global_scale(amax).value;
+      if (valid && vec == 0 && rank == 0) args.out.row_global[token] = global;
+    }
+    write_vector(args.out, shape, row, rank * kVecs + vec, valid, x, global, nvfp4_rcp6({global}));
+  }
+}
+
+// The eight warps that own the channels.
+template <class T>
+__device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster, bool first,
+                                         typename T::SharedStorage& shared) {
+  float x[T::kTokens][kStreams][T::kPer];
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) spread<T>(args, first_token + t, rank, x[t]);
+  if (first) {  // weights have arrived, and every CTA of the cluster runs
+    ptx::async_copy_wait<0>();
+    __syncthreads();
+    ptx::cluster_wait();
+  }
+  mix<T>(x, rank, cluster, shared);
+  ptx::cluster_sync();  // mix sums
+  if (threadIdx.x / 32 < T::kTokens) {
+    const int t = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    const float m = mix_value<T>(args, t, cluster, shared);
+    if (lane < kStreams) shared.pre[t][lane] = sigmoid(m * args.scale[0] + args.base[lane]) + args.hc_eps;
+  }
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  float y[T::kTokens][T::kPer];
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t)
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) {
+      float sum = shared.pre[t][0] * x[t][0][c];
+#pragma unroll
+      for (int j = 1; j < kStreams; ++j) sum = __fmaf_rn(shared.pre[t][j], x[t][j][c], sum);
+      y[t][c] = round_bf16(sum);
+    }
+  if (args.norm_weight) send_squares<T>(y, rank, cluster, shared);
+  ptx::cluster_sync();  // squares; also: cluster_sums may be overwritten
+  if (args.norm_weight) {
+#pragma unroll
+    for (int t = 0; t < T::kTokens; ++t) {
+      double sum = 0;
+      for (uint32_t r = 0; r < cluster; ++r) sum += shared.cluster_squares[r][t];
+      const float factor = __frcp_rn(__fsqrt_rn(static_cast<float>(sum) / static_cast<float>(args.hidden) + args.rms_eps));
+#pragma unroll
+      for (int c = 0; c < T::kPer; ++c)
+        y[t][c] = round_bf16(decode_bf16(args.norm_weight[rank * T::kChannels + threadIdx.x + c * kComputeThreads]) * (y[t][c] * factor));
+    }
+  }
+  if (args.out.global_mode == GlobalMode::kComputeRow) {
+    send_amax<T>(y, rank, cluster, shared);
+    ptx::cluster_sync();
+  }
+  write_rows<T>(args, shape, first_token, rank, cluster, y, shared);
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);  // shared.rows and pre are free again
+}
+
+// The ninth warp: takes part in every cluster barrier, and runs Sinkhorn between arriving at the second and waiting for it.
+template <class T>
+__device__ __forceinline__ void run_tile_ninth_warp(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, uint32_t cluster, bool first,
+                                                    typename T::SharedStorage& shared) {
+  if (first) {
+    ptx::async_copy_wait<0>();
+    __syncthreads();
+    ptx::cluster_wait();
+  }
+  const bool mixes = !T::kHead && rank == 0;
+  ptx::cluster_sync();
+  if (mixes) write_post<T>(args, first_token, cluster, shared);
+  ptx::cluster_arrive();  // cluster_sums have been read
+  if (mixes) write_comb<T>(args, first_token, shared);
+  ptx::cluster_wait();
+  if (args.out.global_mode == GlobalMode::kComputeRow) ptx::cluster_sync();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, uint32_t cluster) {
+  extern __shared__ __align__(16) uint8_t storage[];
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
+  ptx::cluster_arrive();
+  const uint32_t rank = ptx::cluster_cta_rank();
+  load_weights<T>(args, rank, shared);  // weights do not depend on the predecessor
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int64_t num_tiles = (args.num_tokens + T::kTokens - 1) / T::kTokens, num_clusters = gridDim.x / cluster;
+  const bool computes = threadIdx.x < kComputeThreads;
+  bool first = true;
+  for (int64_t tile = blockIdx.x / cluster; tile < num_tiles; tile += num_clusters) {
+    if (computes)
+      run_tile<T>(args, shape, tile * T::kTokens, rank, cluster, first, shared);
+    else
+      run_tile_ninth_warp<T>(args, tile * T::kTokens, rank, cluster, first, shared);
+    first = false;
+  }
+  if (computes) zero_sf_padding(args.out, shape, blockIdx.x * kComputeThreads + threadIdx.x, gridDim.x * kComputeThreads);
+}
+
+template <class T>
+void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+  constexpr int kSmem = sizeof(typename T::SharedStorage);
+  const auto cluster = static_cast<int>(args.hidden / T::kChannels);
+  static const bool prepared = [] {
+    gpu::allow_smem(boundary_kernel<T>, kSmem);
+    gpu::allow_large_cluster(boundary_kernel<T>);
+    return true;
+  }();
+  (void)prepared;
+  const int64_t tiles = (args.num_tokens + T::kTokens - 1) / T::kTokens;
+  const int64_t most = context.num_sms * (kSmem <= 110 * 1024 ? 2 : 1) / cluster;  // more would only queue
+  const int64_t clusters = tiles < most ? tiles : most < 1 ? 1 : most;
+  gpu::launch(boundary_kernel<T>,
+              {.grid = static_cast<uint32_t>(clusters * cluster), .block = kThreads, .smem_bytes = kSmem, .stream = context.stream, .cluster = cluster, .dependent = context.dependent},
+              args, shape, static_cast<uint32_t>(cluster));
+}
+
+}  // namespace
+
+void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& context) {
+  constexpr const char* kOp = "hyper_connection_boundary";
+  const bool narrow = args.hidden % 256 == 0 && args.hidden / 256 <= kMaxCluster;
+  DSV4_GPU_REQUIRE(kOp, args.hidden > 0 && (narrow || (args.hidden % 512 == 0 && args.hidden / 512 <= kMaxCluster)), "hidden = %lld", static_cast<long long>(args.hidden));
+  DSV4_GPU_REQUIRE(kOp, args.num_tokens >= 0 && args.num_tokens * (args.hidden / 16) < (int64_t{1} << 31), "num_tokens = %lld", static_cast<long long>(args.num_tokens));
+  DSV4_GPU_REQUIRE(kOp, args.out.format == RowFormat::kBf16 ? args.out.y != nullptr : args.out.codes && args.out.sf, "an output pointer is null");
+  DSV4_GPU_REQUIRE(kOp, !args.sublayer_out || (args.post && args.comb && args.streams_out), "post, comb or streams_out is null");
+  DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
+  if (args.num_tokens == 0) return;
+  const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
+  const bool many = args.num_tokens > 16;
+  if (args.head)
+    narrow ? run<Traits<4, 1, 1>>(args, shape, context) : run<Traits<4, 1, 2>>(args, shape, context);
+  else if (many)
+    narrow ? run<Traits<24, 4, 1>>(args, shape, context) : run<Traits<24, 4, 2>>(args, shape, context);
+  else
+    narrow ? run<Traits<24, 1, 1>>(args, shape, context) : run<Traits<24, 1, 2>>(args, shape, context);
+}
+
+}  // namespace dsv4
