@@ -33,12 +33,12 @@ setup:
 sanitize: setup
 	cmake --preset sanitize
 	cmake --build build-sanitize -j $(JOBS) --target sanitized_tests
-	ctest --test-dir build-sanitize --output-on-failure -j $(JOBS) -R '^(base|codec|tensor|checkpoint|text)'
+	ctest --test-dir build-sanitize --output-on-failure -j $(JOBS) -R '^(base|codec|tensor|checkpoint|text)_test'
 
 # Compiles every kernel for sm_90a, sm_100a and sm_120a; runs nothing.
 cuda: setup
 	cmake --preset cuda
-	cmake --build build-cuda -j $(JOBS)
+	cmake --build build-cuda -j $(JOBS) --target dsv4_kernels_sm90 dsv4_kernels_sm100 dsv4_kernels_any
 
 format:
 	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs clang-format -i

@@ -3,7 +3,9 @@
 
 #include "base/check.h"
 #include "bench/bench.h"
+#include "bench/model_bench.h"
 #include "commands.h"
+#include "terminal.h"
 
 namespace dsv4::app {
 namespace {
@@ -14,6 +16,7 @@ struct BenchFlags {
   int threads = 0;
   bool json = false;
   bench::BenchOptions options;
+  bench::ModelBenchOptions model;
 };
 
 CpuIsa parse_isa(const std::string& name) {
@@ -41,10 +44,46 @@ void print_result(const bench::BenchResult& r, const bench::Ceilings& c) {
   std::fflush(stdout);
 }
 
-void run_bench(const BenchFlags& flags) {
+void run_model(const BenchFlags& flags, const CpuContext& context, bool quiet) {
+  const bench::Ceilings ceilings = bench::measure_ceilings(context);
+  bench::ModelBenchOptions options = flags.model;
+  options.shape = flags.options.shape;
+  options.num_threads = flags.threads;
+  options.isa = context.isa;
+  ProgressLine line(quiet);
+  const bench::ModelBenchResult r = bench::bench_model(options, [&](const std::string& text) { line.update(text); });
+  line.finish();
+  const double gb_per_second = r.bytes_per_token * r.decode_tokens_per_second / 1e9;
+  if (flags.json) {
+    std::printf("%s\n", Json{{"isa", cpu_isa_name(context.isa)},
+                             {"threads", context.pool.num_threads()},
+                             {"shape", options.shape},
+                             {"folder", options.folder},
+                             {"layers", options.num_layers},
+                             {"prompt_tokens", options.prompt_tokens},
+                             {"prefill_tokens_per_second", r.prefill_tokens_per_second},
+                             {"decode_tokens_per_second", r.decode_tokens_per_second},
+                             {"bytes_per_token", r.bytes_per_token},
+                             {"load_seconds", r.load_seconds},
+                             {"peak_resident_bytes", r.resident_bytes},
+                             {"ceilings", bench::to_json(ceilings)}}
+                            .dump(2)
+                            .c_str());
+    return;
+  }
+  std::printf("%s, %d threads, stream read %.1f GB/s\n", std::string(cpu_isa_name(context.isa)).c_str(), context.pool.num_threads(),
+              ceilings.read_all / 1e9);
+  std::printf("load     %8.2f s, %.2f GB resident\n", r.load_seconds, static_cast<double>(r.resident_bytes) / 1e9);
+  std::printf("prefill  %8.1f tokens/s (%lld tokens)\n", r.prefill_tokens_per_second, static_cast<long long>(options.prompt_tokens));
+  std::printf("decode   %8.1f tokens/s, %.1f MB of weights per token, %.1f GB/s = %.0f %% of the read stream\n", r.decode_tokens_per_second,
+              r.bytes_per_token / 1e6, gb_per_second, 1e11 * gb_per_second / ceilings.read_all);
+}
+
+void run_bench(const BenchFlags& flags, bool quiet) {
   ThreadPool pool(flags.threads);
   const CpuContext context{pool, parse_isa(flags.isa)};
   bench::model_shape(flags.options.shape);  // refuse a wrong name before measuring
+  if (flags.op == "model") return run_model(flags, context, quiet);
   bool known = flags.op == "all";
   for (const bench::BenchOp& op : bench::bench_ops()) known = known || flags.op == op.name;
   if (!known) throw_usage("no benchmark named {}", flags.op);
@@ -69,10 +108,10 @@ void run_bench(const BenchFlags& flags) {
 
 }  // namespace
 
-void register_bench(CLI::App& app, GlobalOptions&) {
+void register_bench(CLI::App& app, GlobalOptions& global) {
   auto flags = std::make_shared<BenchFlags>();
   CLI::App* command = app.add_subcommand("bench", "time every op and set it against this machine's ceilings");
-  std::string names = "all";
+  std::string names = "all, model";
   for (const bench::BenchOp& op : bench::bench_ops()) names += std::string(", ") + op.name;
   command->add_option("op", flags->op, names)->capture_default_str();
   command->add_option("--shape", flags->options.shape, "dimensions of which model: flash, pro, demo")->capture_default_str();
@@ -82,7 +121,13 @@ void register_bench(CLI::App& app, GlobalOptions&) {
   command->add_option("--filter", flags->options.filter, "only cases whose name contains this");
   command->add_option("--seconds", flags->options.min_seconds, "at least this long per case")->check(CLI::Range(0.01, 60.0))->capture_default_str();
   command->add_flag("--json", flags->json, "one JSON object instead of a table");
-  command->callback([flags] { run_bench(*flags); });
+  command->add_option("-m,--model", flags->model.folder, "bench model: a checkpoint folder (default: a synthetic one of --shape)");
+  command->add_option("--layers", flags->model.num_layers, "bench model: layers of the synthetic checkpoint, 0: all")->check(CLI::Range(0, 1000));
+  command->add_option("--experts", flags->model.num_experts, "bench model: experts of the synthetic checkpoint, 0: all")->check(CLI::Range(0, 100000));
+  command->add_option("--prompt-tokens", flags->model.prompt_tokens, "bench model: length of the prefill")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
+  command->callback([flags, &global] { run_bench(*flags, global.quiet); });
 }
 
 }  // namespace dsv4::app

@@ -2,12 +2,14 @@
 //
 // Criterion of the goldens: |logit - golden| <= 1e-3 at 99 % of the positions; every position beyond it must follow (in the
 // same sequence) a top-k decision with a margin below 1e-5, and is printed.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <filesystem>
 
 #include "checkpoint/safetensors.h"
+#include "checkpoint/synth.h"
 #include "model/deepseek_v4.h"
 #include "ops/sampling/sampling.h"
 
@@ -135,6 +137,28 @@ TEST(GoldenModel, QuantisedInMemoryVariantsMatchTheirGoldens) {
   expect_golden_logits(model.logits(ids, margins), golden.at("nvfp4-all.logits_last64"), static_cast<int64_t>(ids.size()) - 64, margins);
   GoldenModel bf16(kShared + "/demo-model");
   expect_golden_logits(bf16.logits(ids, margins), golden.at("bf16.logits_last64"), static_cast<int64_t>(ids.size()) - 64, margins);
+}
+
+// Unusual dimensions (odd_configs.json) against scripts/reference_model.py, a float64 implementation without cache or chunks.
+TEST(GoldenModel, UnusualConfigurationsMatchTheFloat64Reference) {
+  const std::string golden_folder = DSV4_SOURCE_DIR "/tests/golden/model";
+  const SafetensorsFile golden(golden_folder + "/odd_configs.safetensors");
+  const Json cases = read_json_file(golden_folder + "/odd_configs.json");
+  for (size_t number = 0; number < cases.size(); ++number) {
+    const std::string folder = testing::TempDir() + "/dsv4_odd_config";
+    std::filesystem::remove_all(folder);
+    SynthOptions options;
+    options.config = read_json_file(kBundled + "/config.json");
+    options.config.update(cases[number]);
+    options.config.erase("quantization_config");
+    if (options.config["rope_scaling"].is_null()) options.config.erase("rope_scaling");
+    write_synth_checkpoint(folder, options);
+    GoldenModel model(folder);
+    const auto ids = ids_of(golden.at(fmt::format("{}.input_ids", number)));
+    std::vector<float> margins;
+    const auto logits = model.logits(ids, margins);
+    expect_golden_logits(logits, golden.at(fmt::format("{}.logits_last8", number)), static_cast<int64_t>(ids.size()) - 8, margins);
+  }
 }
 
 }  // namespace
