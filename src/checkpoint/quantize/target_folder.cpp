@@ -46,6 +46,18 @@ bool is_weight_file(const fs::path& name) {
   return name.string().ends_with(".safetensors.index.json");
 }
 
+// A symlink may lead to another file of the folder or into the blobs of a Hugging Face cache. Anywhere else it could bring a
+// private file of this machine into a folder that is made to be shared.
+void require_inside(const fs::path& link, const std::string& source) {
+  std::error_code error;
+  const fs::path folder = fs::canonical(source, error);
+  const fs::path file = fs::canonical(link, error);
+  if (error) throw_bad_input("{}: {}", link.string(), error.message());
+  const bool is_cache = folder.parent_path().filename() == "snapshots";
+  if (!is_inside(file, folder) && !(is_cache && is_inside(file, folder.parent_path().parent_path() / "blobs")))
+    throw_bad_input("{}: symbolic link to a file outside the folder", link.string());
+}
+
 bool is_leftover(const std::string& name) {
   return name.ends_with(".partial") || name.find(".tmp-") != std::string::npos;
 }
@@ -129,6 +141,7 @@ void TargetFolder::copy_other_files(const std::string& source, const std::set<st
       continue;
     }
     if (!it->is_regular_file(error) || is_weight_file(name) || is_leftover(name) || made.contains(relative.string())) continue;
+    if (it->is_symlink(error)) require_inside(it->path(), source);
     copy_synced(it->path(), fs::path(partial_) / relative);
   }
 }

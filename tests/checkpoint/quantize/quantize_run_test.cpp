@@ -222,6 +222,16 @@ TEST_F(Run, OtherFilesOfTheFolderComeAlongButNoWeights) {
   EXPECT_FALSE(fs::exists(target_ + "/.cache"));
 }
 
+TEST_F(Run, SymlinksOutOfTheSourceAreRefused) {
+  write_bytes(folder_ / "private", "secret");
+  fs::create_symlink("tokenizer.json", source_ + "/alias.json");
+  quantize_checkpoint(options_);
+  EXPECT_EQ(read_bytes(target_ + "/alias.json"), read_bytes(source_ + "/tokenizer.json"));
+  fs::create_symlink(folder_ / "private", source_ + "/notes.txt");
+  options_.target = folder_ / "second";
+  expect_bad_input({"notes.txt", "outside the folder"}, [&] { quantize_checkpoint(options_); });
+}
+
 TEST_F(Run, ProgressReachesTheTotal) {
   uint64_t last = 0, total = 0;
   quantize_checkpoint(options_, [&](const QuantizeProgress& progress) {
