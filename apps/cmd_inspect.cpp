@@ -24,7 +24,8 @@ void inspect_tokenizer(InspectReport& report) {
     const int64_t size = Tokenizer::load(path).vocab_size();
     report.tokenizer = fmt::format("{} ids", size);
     if (report.has_config && size > report.config.vocab_size)
-      report.problems.add(fmt::format("{}: vocabulary of {} ids, config.json says vocab_size {}", path, size, report.config.vocab_size));
+      report.problems.add(fmt::format("{}: vocabulary of {} ids, config.json says vocab_size {}", path, size,
+                                      report.config.vocab_size));
   } catch (const Error& error) {
     report.problems.add(error.what());
   }
@@ -44,7 +45,8 @@ void run_inspect(const InspectArguments& arguments, GlobalOptions& global) {
 
 void register_inspect(CLI::App& app, GlobalOptions& global) {
   auto arguments = std::make_shared<InspectArguments>();
-  CLI::App* command = app.add_subcommand("inspect", "formats, layers, sizes, memory per token, every problem of a checkpoint");
+  CLI::App* command =
+      app.add_subcommand("inspect", "formats, layers, sizes, memory per token, every problem of a checkpoint");
   command->add_option("DIR", arguments->folder, "checkpoint folder")->required();
   command->add_flag("--json", arguments->json, "one JSON object");
   command->callback([arguments, &global] { run_inspect(*arguments, global); });

@@ -39,24 +39,27 @@ void run_synth(const SynthArguments& arguments, const GlobalOptions& global) {
 
   ProgressLine progress(global.quiet);
   const auto start = std::chrono::steady_clock::now();
-  const auto seconds = [start] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  const auto seconds = [start] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
   options.progress = [&](int64_t done, int64_t total) {
     const double speed = static_cast<double>(done) / std::max(seconds(), 1e-3);
-    progress.update(fmt::format("synth: {:5.1f} % of {:.2f} GB, {:.0f} MB/s, {:.0f} s left", 100.0 * done / total, total / 1e9,
-                                speed / 1e6, (total - done) / speed));
+    progress.update(fmt::format("synth: {:5.1f} % of {:.2f} GB, {:.0f} MB/s, {:.0f} s left", 100.0 * done / total,
+                                total / 1e9, speed / 1e6, (total - done) / speed));
   };
   const SynthResult result = write_synth_checkpoint(arguments.destination, options);
   progress.finish();
-  fmt::print("{}: {} tensors, {:.2f} GB in {} file{}, {}, seed {}, {:.1f} s\n", arguments.destination, result.num_tensors,
-             result.bytes / 1e9, result.num_files, result.num_files == 1 ? "" : "s", arguments.variant, arguments.seed,
-             seconds());
+  fmt::print("{}: {} tensors, {:.2f} GB in {} file{}, {}, seed {}, {:.1f} s\n", arguments.destination,
+             result.num_tensors, result.bytes / 1e9, result.num_files, result.num_files == 1 ? "" : "s",
+             arguments.variant, arguments.seed, seconds());
 }
 
 }  // namespace
 
 void register_synth(CLI::App& app, GlobalOptions& global) {
   auto arguments = std::make_shared<SynthArguments>();
-  CLI::App* command = app.add_subcommand("synth", "write a random checkpoint of any configuration (for tests and benches)");
+  CLI::App* command =
+      app.add_subcommand("synth", "write a random checkpoint of any configuration (for tests and benches)");
   command->add_option("DST", arguments->destination, "folder to write: new or empty")->required();
   command->add_option("--config", arguments->config_path, "config.json to follow");
   command->add_option("--shape", arguments->shape, "configuration of a known model")

@@ -9,7 +9,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const dsv4::SafetensorsHeader header = dsv4::parse_safetensors(file, "fuzz");
     for (const auto& [name, tensor] : header.tensors) {
-      if (tensor.bytes() < 0 || tensor.data < file.data() || tensor.data + tensor.bytes() > file.data() + file.size()) std::abort();
+      if (tensor.bytes() < 0 || tensor.data < file.data() || tensor.data + tensor.bytes() > file.data() + file.size())
+        std::abort();
       // Reads the first and last byte, for the address sanitizer.
       volatile std::byte touched{};
       if (tensor.bytes() > 0) touched = tensor.data[0] ^ tensor.data[tensor.bytes() - 1];

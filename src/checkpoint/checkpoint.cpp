@@ -118,9 +118,9 @@ class CheckpointReader {
     return collect([&] {
       auto file = std::make_unique<SafetensorsFile>(path.string());
       for (const auto& [tensor_name, tensor] : file->tensors()) {
-        const auto [it, inserted] = attempt_.checkpoint.by_name_.emplace(tensor_name, Checkpoint::Located{&tensor, file.get()});
-        if (!inserted)
-          problem("tensor {} is in both {} and {}", tensor_name, it->second.file->path(), file->path());
+        const auto [it, inserted] =
+            attempt_.checkpoint.by_name_.emplace(tensor_name, Checkpoint::Located{&tensor, file.get()});
+        if (!inserted) problem("tensor {} is in both {} and {}", tensor_name, it->second.file->path(), file->path());
       }
       attempt_.checkpoint.files_.push_back(std::move(file));
     });
@@ -136,7 +136,8 @@ class CheckpointReader {
     for (const auto& [tensor, shard] : shard_of) {
       if (!shards.insert(shard).second) continue;
       if (!is_plain_file_name(shard)) {
-        problem("{}: tensor {} is in {}, expected the name of a file in the folder", index_path, tensor, quoted_name(shard));
+        problem("{}: tensor {} is in {}, expected the name of a file in the folder", index_path, tensor,
+                quoted_name(shard));
         complete = false;
       } else if (!is_present(folder_ / shard)) {
         problem("{}: shard {} is missing (it holds {}, among others)", index_path, (folder_ / shard).string(), tensor);

@@ -22,23 +22,23 @@ namespace dsv4 {
 enum class StoredFormat : uint8_t {
   kF32,
   kBf16,
-  kFp8Block,            // X.weight F8_E4M3 + X.scale, X.weight_scale or X.weight_scale_inv (F8_E8M0, F32 or BF16), 128x128
-  kMxfp4,               // X.weight I8 + X.scale F8_E8M0 [rows, cols/32]
-  kNvfp4ModelOpt,       // X.weight U8 + X.weight_scale F8_E4M3 + X.weight_scale_2 F32 (+ X.input_scale F32)
-  kNvfp4Compressed,     // X.weight_packed U8 + X.weight_scale F8_E4M3 + X.weight_global_scale F32 (+ X.input_global_scale)
+  kFp8Block,         // X.weight F8_E4M3 + X.scale, X.weight_scale or X.weight_scale_inv (F8_E8M0, F32 or BF16), 128x128
+  kMxfp4,            // X.weight I8 + X.scale F8_E8M0 [rows, cols/32]
+  kNvfp4ModelOpt,    // X.weight U8 + X.weight_scale F8_E4M3 + X.weight_scale_2 F32 (+ X.input_scale F32)
+  kNvfp4Compressed,  // X.weight_packed U8 + X.weight_scale F8_E4M3 + X.weight_global_scale F32 (+ X.input_global_scale)
 };
 constexpr int kNumStoredFormats = 6;
 std::string_view stored_format_name(StoredFormat format);
 
 // A logical matrix with the tensors it is made of; which are set depends on format. Views point into the map.
 struct StoredMatrix {
-  std::string name;            // without ".weight": "layers.0.attn.wq_a"
+  std::string name;  // without ".weight": "layers.0.attn.wq_a"
   StoredFormat format = StoredFormat::kBf16;
-  int64_t rows = 0;            // logical
+  int64_t rows = 0;  // logical
   int64_t cols = 0;
   TensorView weight;
-  TensorView scale;            // kFp8Block, kMxfp4, kNvfp4*: per-block or per-group scales
-  float global_scale = 1.0f;   // kNvfp4*: decode multiplier (already inverted for kNvfp4Compressed)
+  TensorView scale;                  // kFp8Block, kMxfp4, kNvfp4*: per-block or per-group scales
+  float global_scale = 1.0f;         // kNvfp4*: decode multiplier (already inverted for kNvfp4Compressed)
   std::optional<float> input_scale;  // decode multiplier, if the file has one
 };
 

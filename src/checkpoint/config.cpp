@@ -131,7 +131,8 @@ RopeConfig read_rope(KeyReader& keys, std::vector<std::string>& problems) {
   RopeConfig rope;
   rope.theta = keys.number_or("rope_theta", rope.theta, 1.0, 1e12);
   rope.compress_theta = keys.number_or("compress_rope_theta", rope.compress_theta, 1.0, 1e12);
-  if (rope.theta == 1.0 || rope.compress_theta == 1.0) keys.problem("rope_theta and compress_rope_theta must be above 1");
+  if (rope.theta == 1.0 || rope.compress_theta == 1.0)
+    keys.problem("rope_theta and compress_rope_theta must be above 1");
   const Json* scaling = keys.find("rope_scaling");
   if (scaling == nullptr) {
     rope.factor = 1;  // YaRN by a factor of 1 leaves every frequency as it is
@@ -157,8 +158,10 @@ std::vector<int> read_compress_ratios(KeyReader& keys, int num_layers) {
   std::vector<int> ratios;
   const Json* list = keys.find("compress_ratios");
   if (list == nullptr || !list->is_array()) {
-    if (list == nullptr) keys.problem("compress_ratios is missing");
-    else keys.problem("compress_ratios must be a list of integers, found {}", shown(*list));
+    if (list == nullptr)
+      keys.problem("compress_ratios is missing");
+    else
+      keys.problem("compress_ratios must be a list of integers, found {}", shown(*list));
     ratios.assign(static_cast<size_t>(num_layers), 0);
     return ratios;
   }
@@ -166,7 +169,8 @@ std::vector<int> read_compress_ratios(KeyReader& keys, int num_layers) {
     keys.problem("compress_ratios has {} entries for num_hidden_layers = {}", list->size(), num_layers);
   // Entries after the main layers belong to the draft layers; they are judged too, then dropped.
   constexpr size_t kMaxEntries = 4096;
-  if (list->size() > kMaxEntries) keys.problem("compress_ratios has {} entries, at most {} are accepted", list->size(), kMaxEntries);
+  if (list->size() > kMaxEntries)
+    keys.problem("compress_ratios has {} entries, at most {} are accepted", list->size(), kMaxEntries);
   for (size_t i = 0; i < list->size() && i < kMaxEntries; ++i)
     ratios.push_back(
         static_cast<int>(keys.integer_value((*list)[i], fmt::format("compress_ratios[{}]", i), 0, 1 << 16)));
@@ -200,7 +204,9 @@ void read_indexer(KeyReader& keys, ModelConfig& config, bool required) {
 
 // ---- relations between the keys ----
 
-bool has_csa_layer(const std::vector<int>& ratios) { return std::find(ratios.begin(), ratios.end(), 4) != ratios.end(); }
+bool has_csa_layer(const std::vector<int>& ratios) {
+  return std::find(ratios.begin(), ratios.end(), 4) != ratios.end();
+}
 
 void check_relations(const ModelConfig& c, KeyReader& keys) {
   if (c.rope_dim % 2 != 0) keys.problem("qk_rope_head_dim = {} is odd", c.rope_dim);
@@ -244,16 +250,18 @@ void check_sizes(const ModelConfig& c, KeyReader& keys) {
   bounded("num_attention_heads * head_dim * q_lora_rank", {c.num_heads, c.head_dim, c.q_lora_rank}, kMatrix);
   bounded("num_attention_heads * head_dim * o_lora_rank", {c.num_heads, c.head_dim, c.o_lora_rank}, kMatrix);
   bounded("o_groups * o_lora_rank * hidden_size", {c.o_groups, c.o_lora_rank, c.hidden}, kMatrix);
-  bounded("n_shared_experts * moe_intermediate_size * hidden_size", {c.num_shared_experts, c.moe_inter, c.hidden}, kMatrix);
-  bounded("index_n_heads * index_head_dim * q_lora_rank", {c.index_num_heads, c.index_head_dim, c.q_lora_rank}, kMatrix);
+  bounded("n_shared_experts * moe_intermediate_size * hidden_size", {c.num_shared_experts, c.moe_inter, c.hidden},
+          kMatrix);
+  bounded("index_n_heads * index_head_dim * q_lora_rank", {c.index_num_heads, c.index_head_dim, c.q_lora_rank},
+          kMatrix);
   bounded("num_hidden_layers * n_routed_experts", {c.num_layers, c.num_experts}, kMaxExpertsTimesLayers);
   bounded("3 * num_hidden_layers * n_routed_experts * moe_intermediate_size * hidden_size",
           {3, c.num_layers, c.num_experts, c.moe_inter, c.hidden}, kMaxModelParameters);
 }
 
 [[noreturn]] void throw_problems(const std::string& source, const std::vector<std::string>& problems) {
-  throw_bad_input("{}: {} problem{} in the configuration:\n  {}", source, problems.size(), problems.size() == 1 ? "" : "s",
-                  fmt::join(problems, "\n  "));
+  throw_bad_input("{}: {} problem{} in the configuration:\n  {}", source, problems.size(),
+                  problems.size() == 1 ? "" : "s", fmt::join(problems, "\n  "));
 }
 
 }  // namespace
@@ -272,7 +280,8 @@ ModelConfig parse_model_config(const Json& json, const std::string& source) {
 
   // Anything the engine would compute differently is refused, not ignored.
   if (keys.text_or("model_type", "") != "deepseek_v4")
-    keys.problem("model_type must be \"deepseek_v4\", found {}", json.contains("model_type") ? shown(json["model_type"]) : "nothing");
+    keys.problem("model_type must be \"deepseek_v4\", found {}",
+                 json.contains("model_type") ? shown(json["model_type"]) : "nothing");
   keys.must_be("num_key_value_heads", 1);
   keys.must_be("scoring_func", "sqrtsoftplus");
   keys.must_be("topk_method", "noaux_tc");

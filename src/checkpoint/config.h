@@ -18,8 +18,8 @@ enum class LayerKind : uint8_t {
 };
 
 struct RopeConfig {
-  double theta = 10000;           // ratio-0 layers
-  double compress_theta = 160000; // layers with compression, with YaRN below
+  double theta = 10000;            // ratio-0 layers
+  double compress_theta = 160000;  // layers with compression, with YaRN below
   double factor = 16;
   double original_max_position = 65536;
   double beta_fast = 32;
@@ -38,27 +38,27 @@ struct ModelConfig {
   int o_groups = 0;
   int64_t moe_inter = 0;
   int num_experts = 0;
-  int num_shared_experts = 0;       // 0 or 1 expert of width num_shared_experts * moe_inter
-  int num_topk = 0;                 // experts per token
+  int num_shared_experts = 0;  // 0 or 1 expert of width num_shared_experts * moe_inter
+  int num_topk = 0;            // experts per token
   int num_hash_layers = 0;
   float routed_scaling_factor = 1;
   bool norm_topk_prob = true;
-  float swiglu_limit = 0;           // 0 = no clamp
+  float swiglu_limit = 0;  // 0 = no clamp
   int window_len = 0;
   int index_num_heads = 0;
   int index_head_dim = 0;
   int index_topk = 0;
-  int num_hc = 0;                   // residual streams
+  int num_hc = 0;  // residual streams
   int hc_sinkhorn_iters = 0;
   float hc_eps = 0;
   float rms_norm_eps = 0;
   RopeConfig rope;
   int64_t max_position = 0;
-  std::vector<int> compress_ratios; // [num_layers]: 0, 4 or another ratio
+  std::vector<int> compress_ratios;  // [num_layers]: 0, 4 or another ratio
   int num_mtp_layers = 0;
   int64_t bos_token_id = 0;
   std::vector<int64_t> eos_token_ids;
-  std::string expert_dtype;         // as written, empty if absent
+  std::string expert_dtype;  // as written, empty if absent
 
   LayerKind layer_kind(int layer) const;
   bool is_hash_layer(int layer) const { return layer < num_hash_layers; }

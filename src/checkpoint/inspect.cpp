@@ -29,7 +29,8 @@ std::array<NamedBytes, 3> row_formats(const ModelConfig& c) {
 }
 std::array<NamedBytes, 3> index_formats(const ModelConfig& c) {
   const int64_t dim = c.index_head_dim;
-  return {NamedBytes{"bf16", 2 * dim}, NamedBytes{"fp8", dim + 4}, NamedBytes{"fp4", dim / 2 + ceil_div(dim, kFp4IndexBlock)}};
+  return {NamedBytes{"bf16", 2 * dim}, NamedBytes{"fp8", dim + 4},
+          NamedBytes{"fp4", dim / 2 + ceil_div(dim, kFp4IndexBlock)}};
 }
 
 // Value and gate in binary32, for both halves of an overlapping window.
@@ -68,11 +69,16 @@ std::string variant_name(const std::set<StoredFormat>& experts, const std::set<S
     return formats == std::set<StoredFormat>{format};
   };
   const char* name = "mixed";
-  if (only(experts, StoredFormat::kBf16) && only(dense, StoredFormat::kBf16)) name = "BF16";
-  else if (only(experts, StoredFormat::kMxfp4) && only(dense, StoredFormat::kFp8Block)) name = "official";
-  else if (only(experts, StoredFormat::kFp8Block) && only(dense, StoredFormat::kFp8Block)) name = "official base (FP8)";
-  else if (only(experts, StoredFormat::kNvfp4ModelOpt)) name = "ModelOpt NVFP4";
-  else if (only(experts, StoredFormat::kNvfp4Compressed)) name = "compressed-tensors NVFP4";
+  if (only(experts, StoredFormat::kBf16) && only(dense, StoredFormat::kBf16))
+    name = "BF16";
+  else if (only(experts, StoredFormat::kMxfp4) && only(dense, StoredFormat::kFp8Block))
+    name = "official";
+  else if (only(experts, StoredFormat::kFp8Block) && only(dense, StoredFormat::kFp8Block))
+    name = "official base (FP8)";
+  else if (only(experts, StoredFormat::kNvfp4ModelOpt))
+    name = "ModelOpt NVFP4";
+  else if (only(experts, StoredFormat::kNvfp4Compressed))
+    name = "compressed-tensors NVFP4";
   return fmt::format("{} ({})", name, stored);
 }
 
@@ -151,8 +157,10 @@ class Inspection {
         report_.bytes += tensor.bytes();
         if (counted_.contains(name)) continue;
         report_.bytes_by_format[std::string(dtype_name(tensor.dtype))] += tensor.bytes();
-        if (is_mtp_tensor(name)) report_.bytes_by_role[static_cast<size_t>(TensorRole::kMtp)] += tensor.bytes();
-        else report_.unknown_bytes += tensor.bytes();
+        if (is_mtp_tensor(name))
+          report_.bytes_by_role[static_cast<size_t>(TensorRole::kMtp)] += tensor.bytes();
+        else
+          report_.unknown_bytes += tensor.bytes();
       }
   }
 

@@ -18,18 +18,18 @@ namespace dsv4 {
 
 // Memory one sequence needs in one pair of cache formats (spec 6.2).
 struct KvCost {
-  std::string kv;             // bf16, fp8, nvfp4
-  std::string index;          // bf16, fp8, fp4
+  std::string kv;     // bf16, fp8, nvfp4
+  std::string index;  // bf16, fp8, fp4
   int64_t row_bytes = 0;
   int64_t index_key_bytes = 0;
   double growing_bytes_per_token = 0;  // limit of long contexts
   int64_t fixed_bytes = 0;             // window rings and compressor states, whatever the length
   struct At {
     int64_t context = 0;
-    int64_t bytes = 0;        // in all, fixed_bytes included
+    int64_t bytes = 0;  // in all, fixed_bytes included
     double bytes_per_token() const { return static_cast<double>(bytes) / static_cast<double>(context); }
   };
-  std::array<At, 3> at;       // 4K, 64K, 1M tokens
+  std::array<At, 3> at;  // 4K, 64K, 1M tokens
 };
 std::vector<KvCost> kv_costs(const ModelConfig& config);
 
@@ -51,12 +51,12 @@ struct InspectReport {
   std::vector<KvCost> kv;
 
   std::string tokenizer;  // one line for people; set by the application, which may use the text library (this may not)
-  std::string variant;  // from what is stored: "ModelOpt NVFP4 experts, FP8 blocks", ...
+  std::string variant;    // from what is stored: "ModelOpt NVFP4 experts, FP8 blocks", ...
   int num_files = 0;
   int64_t num_tensors = 0;
-  int64_t bytes = 0;    // of tensor data
+  int64_t bytes = 0;  // of tensor data
   std::array<int64_t, kNumTensorRoles> bytes_by_role{};
-  int64_t unknown_bytes = 0;  // tensors the configuration does not know
+  int64_t unknown_bytes = 0;                       // tensors the configuration does not know
   std::map<std::string, int64_t> bytes_by_format;  // "NVFP4 ModelOpt" with scales, or a dtype for what is no matrix
 };
 

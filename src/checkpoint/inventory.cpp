@@ -26,7 +26,9 @@ class Lister {
     add(name, role, TensorClass::kPlainMatrix, {rows, cols});
   }
   void norm(std::string_view name, int64_t size) { add(name, TensorRole::kNorm, TensorClass::kNorm, {size}); }
-  void f32(std::string_view name, TensorRole role, Shape shape) { add(name, role, TensorClass::kF32, std::move(shape)); }
+  void f32(std::string_view name, TensorRole role, Shape shape) {
+    add(name, role, TensorClass::kF32, std::move(shape));
+  }
   void add(std::string_view name, TensorRole role, TensorClass tensor_class, Shape shape) {
     out_.push_back({prefix_ + std::string(name), role, tensor_class, std::move(shape), layer_});
   }
@@ -93,20 +95,27 @@ void list_hyper_connection(Lister& list, const std::string& prefix, int64_t outp
 
 bool dtype_allowed(TensorClass tensor_class, DType dtype) {
   switch (tensor_class) {
-    case TensorClass::kNorm: return dtype == DType::kBf16 || dtype == DType::kF32;
-    case TensorClass::kF32: return dtype == DType::kF32;
-    case TensorClass::kExpertTable: return dtype == DType::kI64 || dtype == DType::kI32;
+    case TensorClass::kNorm:
+      return dtype == DType::kBf16 || dtype == DType::kF32;
+    case TensorClass::kF32:
+      return dtype == DType::kF32;
+    case TensorClass::kExpertTable:
+      return dtype == DType::kI64 || dtype == DType::kI32;
     case TensorClass::kQuantisable:
-    case TensorClass::kPlainMatrix: return true;  // judged by StoredFormat
+    case TensorClass::kPlainMatrix:
+      return true;  // judged by StoredFormat
   }
   return false;
 }
 
 std::string_view allowed_dtypes(TensorClass tensor_class) {
   switch (tensor_class) {
-    case TensorClass::kF32: return "F32";
-    case TensorClass::kExpertTable: return "I64 or I32";
-    default: return "BF16 or F32";
+    case TensorClass::kF32:
+      return "F32";
+    case TensorClass::kExpertTable:
+      return "I64 or I32";
+    default:
+      return "BF16 or F32";
   }
 }
 
@@ -114,8 +123,8 @@ std::string_view allowed_dtypes(TensorClass tensor_class) {
 
 std::string_view tensor_role_name(TensorRole role) {
   constexpr std::array<std::string_view, kNumTensorRoles> kNames{
-      "embedding", "head", "norms", "hyper-connections", "attention", "compressor", "indexer", "router", "shared expert",
-      "routed experts", "mtp"};
+      "embedding", "head",   "norms",         "hyper-connections", "attention", "compressor",
+      "indexer",   "router", "shared expert", "routed experts",    "mtp"};
   return kNames[static_cast<size_t>(role)];
 }
 
@@ -147,8 +156,9 @@ void check_inventory(const Checkpoint& checkpoint, ProblemList& problems) {
       const MatrixSearch search = search_matrix(checkpoint, expected.name);
       used.insert(search.tensor_names.begin(), search.tensor_names.end());
       if (!search.problem.empty()) {
-        problems.add(search.tensor_names.empty() ? fmt::format("{}, shape {}", search.problem, to_string(expected.shape))
-                                                 : search.problem);
+        problems.add(search.tensor_names.empty()
+                         ? fmt::format("{}, shape {}", search.problem, to_string(expected.shape))
+                         : search.problem);
         continue;
       }
       const StoredMatrix& found = search.matrix;
@@ -157,7 +167,8 @@ void check_inventory(const Checkpoint& checkpoint, ProblemList& problems) {
                                  stored_format_name(found.format), to_string(expected.shape)));
       if (expected.tensor_class == TensorClass::kPlainMatrix && found.format != StoredFormat::kBf16 &&
           found.format != StoredFormat::kF32)
-        problems.add(fmt::format("{}: stored as {}, expected BF16 or F32", expected.name, stored_format_name(found.format)));
+        problems.add(
+            fmt::format("{}: stored as {}, expected BF16 or F32", expected.name, stored_format_name(found.format)));
       continue;
     }
     const TensorView* found = checkpoint.find(expected.name);
@@ -167,7 +178,8 @@ void check_inventory(const Checkpoint& checkpoint, ProblemList& problems) {
     }
     used.insert(expected.name);
     if (found->shape != expected.shape)
-      problems.add(fmt::format("{}: shape {}, expected {}", expected.name, to_string(found->shape), to_string(expected.shape)));
+      problems.add(
+          fmt::format("{}: shape {}, expected {}", expected.name, to_string(found->shape), to_string(expected.shape)));
     if (!dtype_allowed(expected.tensor_class, found->dtype))
       problems.add(fmt::format("{}: dtype {}, expected {}", expected.name, dtype_name(found->dtype),
                                allowed_dtypes(expected.tensor_class)));
@@ -175,8 +187,8 @@ void check_inventory(const Checkpoint& checkpoint, ProblemList& problems) {
   for (const auto& file : checkpoint.files())
     for (const auto& [name, tensor] : file->tensors())
       if (!is_mtp_tensor(name) && !used.contains(name))
-        problems.add(fmt::format("unexpected tensor {} ({} {}) in {}", name, dtype_name(tensor.dtype), to_string(tensor.shape),
-                                 file->path()));
+        problems.add(fmt::format("unexpected tensor {} ({} {}) in {}", name, dtype_name(tensor.dtype),
+                                 to_string(tensor.shape), file->path()));
 }
 
 }  // namespace dsv4

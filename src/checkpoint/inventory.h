@@ -19,7 +19,17 @@ class Checkpoint;
 
 // What a tensor belongs to; inspect sums bytes and parameters by it.
 enum class TensorRole : uint8_t {
-  kEmbedding, kHead, kNorm, kHyperConnection, kAttention, kCompressor, kIndexer, kRouter, kSharedExpert, kRoutedExpert, kMtp,
+  kEmbedding,
+  kHead,
+  kNorm,
+  kHyperConnection,
+  kAttention,
+  kCompressor,
+  kIndexer,
+  kRouter,
+  kSharedExpert,
+  kRoutedExpert,
+  kMtp,
 };
 constexpr int kNumTensorRoles = 11;
 std::string_view tensor_role_name(TensorRole role);  // "routed experts", ...
@@ -40,7 +50,9 @@ struct LogicalTensor {
   Shape shape;     // logical: [out, in] for matrices
   int layer = -1;  // -1: top level
 
-  bool is_matrix() const { return tensor_class == TensorClass::kQuantisable || tensor_class == TensorClass::kPlainMatrix; }
+  bool is_matrix() const {
+    return tensor_class == TensorClass::kQuantisable || tensor_class == TensorClass::kPlainMatrix;
+  }
 };
 
 std::vector<LogicalTensor> list_tensors(const ModelConfig& config);

@@ -44,13 +44,14 @@ const Json& member(const Json& entry, const char* key, const std::string& source
 Shape parse_shape(const Json& value, const std::string& source, const std::string& name) {
   if (!value.is_array()) throw_bad_input("{}: shape of tensor \"{}\" is not a list: {}", source, name, shown(value));
   if (value.size() > kMaxRank)
-    throw_bad_input("{}: tensor \"{}\" has {} dimensions, at most {} are accepted", source, name, value.size(), kMaxRank);
+    throw_bad_input("{}: tensor \"{}\" has {} dimensions, at most {} are accepted", source, name, value.size(),
+                    kMaxRank);
   Shape shape;
   for (const Json& extent : value) {
     const auto size = as_unsigned(extent);
     if (!size || *size > static_cast<uint64_t>(INT64_MAX))
-      throw_bad_input("{}: shape of tensor \"{}\" has the extent {}, expected an integer from 0 to 2^63-1", source, name,
-                      shown(extent));
+      throw_bad_input("{}: shape of tensor \"{}\" has the extent {}, expected an integer from 0 to 2^63-1", source,
+                      name, shown(extent));
     shape.push_back(static_cast<int64_t>(*size));
   }
   return shape;
@@ -77,23 +78,23 @@ void parse_metadata(const Json& value, const std::string& source, std::map<std::
 
 // The data must be tiled exactly: no overlap, no hole, nothing after the last tensor.
 void check_tiling(std::vector<Placed>& placed, uint64_t data_bytes, const std::string& source) {
-  std::sort(placed.begin(), placed.end(), [](const Placed& a, const Placed& b) {
-    return a.begin != b.begin ? a.begin < b.begin : a.end < b.end;
-  });
+  std::sort(placed.begin(), placed.end(),
+            [](const Placed& a, const Placed& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
   uint64_t expected = 0;
   const std::string* previous = nullptr;
   for (const Placed& tensor : placed) {
     if (tensor.begin < expected)
-      throw_bad_input("{}: tensors \"{}\" and \"{}\" overlap: the second begins at offset {}, the first ends at {}", source,
-                      *previous, *tensor.name, tensor.begin, expected);
+      throw_bad_input("{}: tensors \"{}\" and \"{}\" overlap: the second begins at offset {}, the first ends at {}",
+                      source, *previous, *tensor.name, tensor.begin, expected);
     if (tensor.begin > expected)
-      throw_bad_input("{}: hole in the data before tensor \"{}\": offsets {} to {} belong to no tensor", source, *tensor.name,
-                      expected, tensor.begin);
+      throw_bad_input("{}: hole in the data before tensor \"{}\": offsets {} to {} belong to no tensor", source,
+                      *tensor.name, expected, tensor.begin);
     expected = tensor.end;
     previous = tensor.name;
   }
   if (expected != data_bytes)
-    throw_bad_input("{}: the tensors end at offset {} but the file holds {} bytes of data", source, expected, data_bytes);
+    throw_bad_input("{}: the tensors end at offset {} but the file holds {} bytes of data", source, expected,
+                    data_bytes);
 }
 
 }  // namespace
@@ -140,7 +141,8 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::
     check_tensor_name(name, source);
     if (!entry.is_object()) throw_bad_input("{}: header entry of tensor \"{}\" is not an object", source, name);
     const Json& dtype_json = member(entry, "dtype", source, name);
-    const auto dtype = dtype_json.is_string() ? dtype_from_name(dtype_json.get_ref<const std::string&>()) : std::nullopt;
+    const auto dtype =
+        dtype_json.is_string() ? dtype_from_name(dtype_json.get_ref<const std::string&>()) : std::nullopt;
     if (!dtype) throw_bad_input("{}: tensor \"{}\" has the unknown dtype {}", source, name, shown(dtype_json));
     Shape shape = parse_shape(member(entry, "shape", source, name), source, name);
     const uint64_t bytes = checked_bytes(shape, *dtype, source, name);
@@ -151,10 +153,11 @@ SafetensorsHeader parse_safetensors(std::span<const std::byte> file, const std::
     if (!begin || !end)
       throw_bad_input("{}: data_offsets of tensor \"{}\" are {}, expected two non-negative integers", source, name,
                       shown(offsets));
-    if (*begin > *end) throw_bad_input("{}: data_offsets of tensor \"{}\" are reversed: {}", source, name, shown(offsets));
+    if (*begin > *end)
+      throw_bad_input("{}: data_offsets of tensor \"{}\" are reversed: {}", source, name, shown(offsets));
     if (*end > data_bytes)
-      throw_bad_input("{}: tensor \"{}\" ends at offset {} but the file holds {} bytes of data (truncated?)", source, name,
-                      *end, data_bytes);
+      throw_bad_input("{}: tensor \"{}\" ends at offset {} but the file holds {} bytes of data (truncated?)", source,
+                      name, *end, data_bytes);
     if (*end - *begin != bytes)
       throw_bad_input("{}: tensor \"{}\" has {} bytes of data, shape {} of {} needs {}", source, name, *end - *begin,
                       to_string(shape), dtype_name(*dtype), bytes);
@@ -179,7 +182,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : map_(path) {
     realigned_bytes += static_cast<uint64_t>(tensor.bytes());
     if (realigned_bytes > kMaxRealignedBytes)
       throw_bad_input(
-          "{}: tensor \"{}\" ({}) does not start at a multiple of its element size, and more than {} bytes of this file do "
+          "{}: tensor \"{}\" ({}) does not start at a multiple of its element size, and more than {} bytes of this "
+          "file do "
           "not: rewrite the file with its tensors aligned",
           path, name, dtype_name(tensor.dtype), kMaxRealignedBytes);
     HostBuffer copy(tensor.bytes());

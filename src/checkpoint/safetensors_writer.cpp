@@ -38,7 +38,8 @@ std::string header_text(const std::vector<TensorSpec>& specs, const std::map<std
   std::set<std::string_view> names;
   uint64_t offset = 0;
   for (const TensorSpec& spec : specs) {
-    DSV4_CHECK(names.insert(spec.name).second && spec.name != "__metadata__", "duplicate or reserved name \"{}\"", spec.name);
+    DSV4_CHECK(names.insert(spec.name).second && spec.name != "__metadata__", "duplicate or reserved name \"{}\"",
+               spec.name);
     std::optional<uint64_t> bytes = static_cast<uint64_t>(dtype_bytes(spec.dtype));
     for (int64_t extent : spec.shape) {
       DSV4_CHECK(extent >= 0, "{}: shape {}", spec.name, to_string(spec.shape));
@@ -113,19 +114,21 @@ SafetensorsWriter::~SafetensorsWriter() = default;
 void SafetensorsWriter::append(const void* data, uint64_t bytes) {
   State& state = *state_;
   DSV4_CHECK(!state.finished, "{}: append after finish", path_);
-  while (state.tensor_idx < state.tensor_ends.size() && state.written == state.tensor_ends[state.tensor_idx]) ++state.tensor_idx;
+  while (state.tensor_idx < state.tensor_ends.size() && state.written == state.tensor_ends[state.tensor_idx])
+    ++state.tensor_idx;
   if (bytes == 0) return;
   DSV4_CHECK(state.tensor_idx < state.tensor_ends.size(), "{}: {} bytes after the last tensor", path_, bytes);
   const uint64_t left = state.tensor_ends[state.tensor_idx] - state.written;
-  DSV4_CHECK(bytes <= left, "{}: tensor \"{}\" takes {} more bytes, {} given", path_, state.specs[state.tensor_idx].name, left,
-             bytes);
+  DSV4_CHECK(bytes <= left, "{}: tensor \"{}\" takes {} more bytes, {} given", path_,
+             state.specs[state.tensor_idx].name, left, bytes);
   state.write_all(data, bytes);
   state.written += bytes;
 }
 
 void SafetensorsWriter::finish() {
   State& state = *state_;
-  DSV4_CHECK(!state.finished && state.written == data_bytes_, "{}: {} of {} bytes written", path_, state.written, data_bytes_);
+  DSV4_CHECK(!state.finished && state.written == data_bytes_, "{}: {} of {} bytes written", path_, state.written,
+             data_bytes_);
   if (::fsync(state.fd) != 0) throw_write_error(state.partial_path, "sync");
   const int fd = state.fd;
   state.fd = -1;

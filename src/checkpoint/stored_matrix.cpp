@@ -33,7 +33,8 @@ class Search {
   }
   bool failed() const { return !result_.problem.empty(); }
 
-  void expect(const TensorView& tensor, std::string_view suffix, std::initializer_list<DType> dtypes, const Shape& shape) {
+  void expect(const TensorView& tensor, std::string_view suffix, std::initializer_list<DType> dtypes,
+              const Shape& shape) {
     if (std::find(dtypes.begin(), dtypes.end(), tensor.dtype) == dtypes.end()) {
       std::string names;
       for (DType dtype : dtypes) names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
@@ -124,7 +125,8 @@ void recognise_nvfp4_modelopt(Search& search, const TensorView& weight) {
   const TensorView* global = search.take(".weight_scale_2");
   const TensorView* input = search.take(".input_scale");
   if (scale == nullptr || global == nullptr)
-    return search.fail("{}: weight is U8 (NVFP4) but there is no .{}", m.name, scale == nullptr ? "weight_scale" : "weight_scale_2");
+    return search.fail("{}: weight is U8 (NVFP4) but there is no .{}", m.name,
+                       scale == nullptr ? "weight_scale" : "weight_scale_2");
   search.expect(*scale, ".weight_scale", {DType::kF8E4M3}, {m.rows, m.cols / kNvfp4GroupSize});
   m.scale = *scale;
   m.global_scale = search.scalar(*global, ".weight_scale_2");
@@ -141,7 +143,8 @@ void recognise_nvfp4_compressed(Search& search, const TensorView& packed) {
   const TensorView* global = search.take(".weight_global_scale");
   const TensorView* input = search.take(".input_global_scale");
   if (scale == nullptr || global == nullptr)
-    return search.fail("{}: has .weight_packed but no .{}", m.name, scale == nullptr ? "weight_scale" : "weight_global_scale");
+    return search.fail("{}: has .weight_packed but no .{}", m.name,
+                       scale == nullptr ? "weight_scale" : "weight_global_scale");
   search.expect(*scale, ".weight_scale", {DType::kF8E4M3}, {m.rows, m.cols / kNvfp4GroupSize});
   m.scale = *scale;
   m.global_scale = search.scalar_rcp(*global, ".weight_global_scale");
@@ -167,11 +170,16 @@ int64_t first_bad(const TensorView& tensor, const Bad& is_bad) {
 
 int64_t first_bad_scale(const TensorView& scale) {
   switch (scale.dtype) {
-    case DType::kF8E4M3: return first_bad<uint8_t>(scale, [](uint8_t byte) { return byte >= 0x7f; });  // NaN or a sign bit
-    case DType::kF8E8M0: return first_bad<uint8_t>(scale, [](uint8_t byte) { return byte == 0xff; });
-    case DType::kBf16: return first_bad<uint16_t>(scale, [](uint16_t bits) { return bits >= 0x7f80; });
-    case DType::kF32: return first_bad<uint32_t>(scale, [](uint32_t bits) { return bits >= 0x7f800000u; });
-    default: return -1;
+    case DType::kF8E4M3:
+      return first_bad<uint8_t>(scale, [](uint8_t byte) { return byte >= 0x7f; });  // NaN or a sign bit
+    case DType::kF8E8M0:
+      return first_bad<uint8_t>(scale, [](uint8_t byte) { return byte == 0xff; });
+    case DType::kBf16:
+      return first_bad<uint16_t>(scale, [](uint16_t bits) { return bits >= 0x7f80; });
+    case DType::kF32:
+      return first_bad<uint32_t>(scale, [](uint32_t bits) { return bits >= 0x7f800000u; });
+    default:
+      return -1;
   }
 }
 
@@ -186,8 +194,8 @@ std::optional<std::string> find_expert_problem(std::string_view name, const Tens
 }  // namespace
 
 std::string_view stored_format_name(StoredFormat format) {
-  constexpr std::array<std::string_view, kNumStoredFormats> kNames{"F32",   "BF16",           "FP8 block",
-                                                                    "MXFP4", "NVFP4 ModelOpt", "NVFP4 compressed-tensors"};
+  constexpr std::array<std::string_view, kNumStoredFormats> kNames{
+      "F32", "BF16", "FP8 block", "MXFP4", "NVFP4 ModelOpt", "NVFP4 compressed-tensors"};
   return kNames[static_cast<size_t>(format)];
 }
 
@@ -206,9 +214,15 @@ MatrixSearch search_matrix(const Checkpoint& checkpoint, std::string_view name) 
     recognise_nvfp4_compressed(search, *packed);
   } else {
     switch (weight->dtype) {
-      case DType::kF8E4M3: recognise_fp8(search, *weight); break;
-      case DType::kI8: recognise_mxfp4(search, *weight); break;
-      case DType::kU8: recognise_nvfp4_modelopt(search, *weight); break;
+      case DType::kF8E4M3:
+        recognise_fp8(search, *weight);
+        break;
+      case DType::kI8:
+        recognise_mxfp4(search, *weight);
+        break;
+      case DType::kU8:
+        recognise_nvfp4_modelopt(search, *weight);
+        break;
       case DType::kF32:
       case DType::kBf16:
         search.matrix().format = weight->dtype == DType::kF32 ? StoredFormat::kF32 : StoredFormat::kBf16;
@@ -232,7 +246,8 @@ std::optional<std::string> find_scale_problem(const StoredMatrix& matrix) {
   const int size = dtype_bytes(matrix.scale.dtype);
   for (int i = 0; i < size; ++i) bits |= std::to_integer<uint32_t>(matrix.scale.data[bad * size + i]) << (8 * i);
   return fmt::format("{}: scale at row {}, group {} is 0x{:0{}x}: NaN, infinite or negative as {}", matrix.name,
-                     bad / matrix.scale.shape[1], bad % matrix.scale.shape[1], bits, 2 * size, dtype_name(matrix.scale.dtype));
+                     bad / matrix.scale.shape[1], bad % matrix.scale.shape[1], bits, 2 * size,
+                     dtype_name(matrix.scale.dtype));
 }
 
 std::optional<std::string> find_expert_table_problem(std::string_view name, const TensorView& table, int num_experts) {

@@ -72,7 +72,8 @@ Json pro_config() {
 
 // As each exporter writes it (spec 7.1, 7.4, 7.5). null: no quantisation.
 Json quantization_config(SynthVariant variant, int num_layers) {
-  const Json fp8 = Json::parse(R"({"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic",
+  const Json fp8 =
+      Json::parse(R"({"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic",
                                    "weight_block_size": [128, 128]})");
   if (variant == SynthVariant::kBf16) return nullptr;
   if (variant == SynthVariant::kOfficial) return fp8;
@@ -110,7 +111,8 @@ Json final_config(const SynthOptions& options) {
   config["num_nextn_predict_layers"] = 0;  // no draft layers are written
   const Json quantization = quantization_config(options.variant, config.value("num_hidden_layers", 0));
   if (!quantization.is_null()) config["quantization_config"] = quantization;
-  if (options.variant == SynthVariant::kOfficial || options.variant == SynthVariant::kModelOpt) config["expert_dtype"] = "fp4";
+  if (options.variant == SynthVariant::kOfficial || options.variant == SynthVariant::kModelOpt)
+    config["expert_dtype"] = "fp4";
   return config;
 }
 
@@ -218,16 +220,25 @@ std::string synth_tokenizer_json(int64_t vocab_size, int64_t bos_token_id, int64
   Json vocab = Json::object();
   Json added = Json::array();
   const auto add_special = [&added](const std::string& content, int64_t id) {
-    added.push_back({{"id", id}, {"content", content}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
-                     {"normalized", false}, {"special", true}});
+    added.push_back({{"id", id},
+                     {"content", content},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", true}});
   };
   size_t next = 0;
   for (int64_t id = 0; id < vocab_size; ++id) {
     std::string content;
-    if (id == bos_token_id) content = "<｜begin▁of▁sentence｜>";
-    else if (id == eos_token_id) content = "<｜end▁of▁sentence｜>";
-    else if (next < tokens.size()) content = tokens[next++];
-    else content = fmt::format("filler_{}", id);
+    if (id == bos_token_id)
+      content = "<｜begin▁of▁sentence｜>";
+    else if (id == eos_token_id)
+      content = "<｜end▁of▁sentence｜>";
+    else if (next < tokens.size())
+      content = tokens[next++];
+    else
+      content = fmt::format("filler_{}", id);
     const bool is_special = id == bos_token_id || id == eos_token_id ||
                             std::find(specials.begin(), specials.end(), content) != specials.end();
     if (is_special) add_special(content, id);
@@ -235,18 +246,33 @@ std::string synth_tokenizer_json(int64_t vocab_size, int64_t bos_token_id, int64
   }
 
   Json splits = Json::array();
-  for (const char* pattern : {R"(\p{N}{1,3})", "[一-龥぀-ゟ゠-ヿ]+",
-                              R"([!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|)"
-                              R"( ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"})
-    splits.push_back({{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}, {"invert", false}});
+  for (const char* pattern :
+       {R"(\p{N}{1,3})", "[一-龥぀-ゟ゠-ヿ]+",
+        R"([!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|)"
+        R"( ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"})
+    splits.push_back(
+        {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}, {"invert", false}});
   splits.push_back({{"type", "ByteLevel"}, {"add_prefix_space", false}, {"trim_offsets", true}, {"use_regex", false}});
   const Json tokenizer = {
-      {"version", "1.0"}, {"truncation", nullptr}, {"padding", nullptr}, {"added_tokens", added}, {"normalizer", nullptr},
-      {"pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", splits}}}, {"post_processor", nullptr},
+      {"version", "1.0"},
+      {"truncation", nullptr},
+      {"padding", nullptr},
+      {"added_tokens", added},
+      {"normalizer", nullptr},
+      {"pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", splits}}},
+      {"post_processor", nullptr},
       {"decoder", {{"type", "ByteLevel"}, {"add_prefix_space", true}, {"trim_offsets", true}, {"use_regex", true}}},
-      {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"continuing_subword_prefix", nullptr},
-                 {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false}, {"ignore_merges", false},
-                 {"vocab", vocab}, {"merges", Json::array()}}}};
+      {"model",
+       {{"type", "BPE"},
+        {"dropout", nullptr},
+        {"unk_token", nullptr},
+        {"continuing_subword_prefix", nullptr},
+        {"end_of_word_suffix", nullptr},
+        {"fuse_unk", false},
+        {"byte_fallback", false},
+        {"ignore_merges", false},
+        {"vocab", vocab},
+        {"merges", Json::array()}}}};
   return tokenizer.dump(1) + "\n";
 }
 
@@ -305,9 +331,16 @@ SynthResult write_synth_checkpoint(const std::string& dst, const SynthOptions& o
   write("tokenizer.json", tokenizer);
   write("tokenizer_config.json", Json{{"tokenizer_class", "PreTrainedTokenizerFast"},
                                       {"bos_token", "<｜begin▁of▁sentence｜>"},
-                                      {"eos_token", "<｜end▁of▁sentence｜>"}}.dump(1) + "\n");
-  write("generation_config.json", Json{{"bos_token_id", config.bos_token_id}, {"eos_token_id", config.eos_token_ids},
-                                       {"do_sample", true}, {"temperature", 1.0}, {"top_p", 1.0}}.dump(1) + "\n");
+                                      {"eos_token", "<｜end▁of▁sentence｜>"}}
+                                         .dump(1) +
+                                     "\n");
+  write("generation_config.json", Json{{"bos_token_id", config.bos_token_id},
+                                       {"eos_token_id", config.eos_token_ids},
+                                       {"do_sample", true},
+                                       {"temperature", 1.0},
+                                       {"top_p", 1.0}}
+                                          .dump(1) +
+                                      "\n");
   write("config.json", config_json.dump(1) + "\n");
   return result;
 }

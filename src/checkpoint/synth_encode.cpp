@@ -25,8 +25,8 @@ StoredFormat stored_as(const LogicalTensor& tensor, SynthVariant variant) {
 }
 
 bool needs_global(SynthPartKind kind) {
-  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kNvfp4Scales || kind == SynthPartKind::kGlobalScale ||
-         kind == SynthPartKind::kGlobalScaleRcp;
+  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kNvfp4Scales ||
+         kind == SynthPartKind::kGlobalScale || kind == SynthPartKind::kGlobalScaleRcp;
 }
 
 float tile_amax(const std::vector<float>& values, int64_t num_rows, int64_t cols, int64_t tile) {
@@ -44,7 +44,8 @@ std::vector<SynthPart> list_synth_parts(const LogicalTensor& tensor, SynthVarian
     return SynthPart{{tensor.name + std::string(suffix), dtype, std::move(shape)}, kind, &tensor};
   };
   if (!tensor.is_matrix()) {
-    if (tensor.tensor_class == TensorClass::kExpertTable) return {part("", DType::kI64, tensor.shape, SynthPartKind::kExpertTable)};
+    if (tensor.tensor_class == TensorClass::kExpertTable)
+      return {part("", DType::kI64, tensor.shape, SynthPartKind::kExpertTable)};
     if (tensor.tensor_class == TensorClass::kF32) return {part("", DType::kF32, tensor.shape, SynthPartKind::kF32)};
     return {part("", DType::kBf16, tensor.shape, SynthPartKind::kBf16)};
   }
@@ -62,8 +63,9 @@ std::vector<SynthPart> list_synth_parts(const LogicalTensor& tensor, SynthVarian
               part(".scale", DType::kF8E8M0, tiles, SynthPartKind::kFp8Scales)};
     case StoredFormat::kMxfp4:
       if (cols % kMxfp4GroupSize != 0)
-        throw_bad_input("{}: {} columns are not a multiple of 32, so the official variant (MXFP4 experts) cannot hold it",
-                        tensor.name, cols);
+        throw_bad_input(
+            "{}: {} columns are not a multiple of 32, so the official variant (MXFP4 experts) cannot hold it",
+            tensor.name, cols);
       return {part(".weight", DType::kI8, packed, SynthPartKind::kMxfp4Codes),
               part(".scale", DType::kF8E8M0, {rows, cols / kMxfp4GroupSize}, SynthPartKind::kMxfp4Scales)};
     case StoredFormat::kNvfp4ModelOpt:
@@ -76,7 +78,8 @@ std::vector<SynthPart> list_synth_parts(const LogicalTensor& tensor, SynthVarian
               part(".weight_scale", DType::kF8E4M3, groups16, SynthPartKind::kNvfp4Scales),
               part(".weight_global_scale", DType::kF32, {1}, SynthPartKind::kGlobalScaleRcp),
               part(".input_global_scale", DType::kF32, {1}, SynthPartKind::kInputScaleRcp)};
-    default: return {part(".weight", DType::kBf16, tensor.shape, SynthPartKind::kBf16)};
+    default:
+      return {part(".weight", DType::kBf16, tensor.shape, SynthPartKind::kBf16)};
   }
 }
 
@@ -141,15 +144,19 @@ float SynthEncoder::input_scale(const LogicalTensor& tensor) const {
   return kCalibratedAmax * (1.0f + synth_uniform(seed_, key + ".input_scale")) / kNvfp4MaxProduct;
 }
 
-void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit, std::byte* out_bytes,
-                 std::vector<float>& values) const {
+void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit,
+                               std::byte* out_bytes, std::vector<float>& values) const {
   auto* out = reinterpret_cast<uint8_t*>(out_bytes);
   const auto put_float = [out](float value) { std::memcpy(out, &value, sizeof(value)); };
   switch (part.kind) {
-    case SynthPartKind::kGlobalScale: return put_float(global.value);
-    case SynthPartKind::kGlobalScaleRcp: return put_float(rcp(global).value);
-    case SynthPartKind::kInputScale: return put_float(input_scale(*part.tensor));
-    case SynthPartKind::kInputScaleRcp: return put_float(1.0f / input_scale(*part.tensor));
+    case SynthPartKind::kGlobalScale:
+      return put_float(global.value);
+    case SynthPartKind::kGlobalScaleRcp:
+      return put_float(rcp(global).value);
+    case SynthPartKind::kInputScale:
+      return put_float(input_scale(*part.tensor));
+    case SynthPartKind::kInputScaleRcp:
+      return put_float(1.0f / input_scale(*part.tensor));
     case SynthPartKind::kExpertTable: {
       std::vector<int64_t> experts(static_cast<size_t>(config_.num_topk));
       fill_synth_expert_row(seed_, part.tensor->name, unit, config_.num_experts, config_.num_topk, experts.data());
@@ -157,15 +164,19 @@ void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source,
       return;
     }
     case SynthPartKind::kFp8Codes:
-    case SynthPartKind::kFp8Scales: return encode_fp8_tiles(part.kind, source, unit, out, values);
-    default: break;
+    case SynthPartKind::kFp8Scales:
+      return encode_fp8_tiles(part.kind, source, unit, out, values);
+    default:
+      break;
   }
   const int64_t cols = source.cols();
   values.resize(static_cast<size_t>(cols));
   source.fill_row(unit, values.data());
   const float* x = values.data();
   switch (part.kind) {
-    case SynthPartKind::kF32: std::memcpy(out, x, static_cast<size_t>(cols) * sizeof(float)); break;
+    case SynthPartKind::kF32:
+      std::memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
+      break;
     case SynthPartKind::kBf16:
       for (int64_t i = 0; i < cols; ++i) {
         const bf16 value = encode_bf16(x[i]);
@@ -191,13 +202,14 @@ void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source,
       for (int64_t i = 0; i < cols; i += kNvfp4GroupSize)
         out[i / kNvfp4GroupSize] = nvfp4_weight_sf(group_amax(x + i, kNvfp4GroupSize), global);
       break;
-    default: DSV4_CHECK(false, "part kind {}", static_cast<int>(part.kind));
+    default:
+      DSV4_CHECK(false, "part kind {}", static_cast<int>(part.kind));
   }
 }
 
 // One row of tiles: 128 rows of codes, or one row of scales.
 void SynthEncoder::encode_fp8_tiles(SynthPartKind kind, const SynthSource& source, int64_t tile_row, uint8_t* out,
-                      std::vector<float>& values) const {
+                                    std::vector<float>& values) const {
   const int64_t cols = source.cols();
   const int64_t first = tile_row * kFp8WeightBlock;
   const int64_t num_rows = std::min<int64_t>(kFp8WeightBlock, source.rows() - first);
@@ -209,8 +221,10 @@ void SynthEncoder::encode_fp8_tiles(SynthPartKind kind, const SynthSource& sourc
     const bf16 rounded = encode_bf16(amax == 0.0f ? 1.0f : amax / kE4m3Max);
     const bool is_ue8m0 = variant_ != SynthVariant::kCompressed;
     if (kind == SynthPartKind::kFp8Scales) {
-      if (is_ue8m0) out[tile] = ue8m0;
-      else std::memcpy(out + 2 * tile, &rounded, 2);
+      if (is_ue8m0)
+        out[tile] = ue8m0;
+      else
+        std::memcpy(out + 2 * tile, &rounded, 2);
       continue;
     }
     const float scale = is_ue8m0 ? decode_ue8m0(ue8m0) : decode_bf16(rounded);

@@ -18,8 +18,19 @@
 namespace dsv4 {
 
 enum class SynthPartKind : uint8_t {
-  kBf16, kF32, kExpertTable, kFp8Codes, kFp8Scales, kMxfp4Codes, kMxfp4Scales, kNvfp4Codes, kNvfp4Scales,
-  kGlobalScale, kGlobalScaleRcp, kInputScale, kInputScaleRcp,
+  kBf16,
+  kF32,
+  kExpertTable,
+  kFp8Codes,
+  kFp8Scales,
+  kMxfp4Codes,
+  kMxfp4Scales,
+  kNvfp4Codes,
+  kNvfp4Scales,
+  kGlobalScale,
+  kGlobalScaleRcp,
+  kInputScale,
+  kInputScaleRcp,
 };
 
 // One tensor of a file.

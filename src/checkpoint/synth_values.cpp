@@ -25,7 +25,8 @@ uint64_t key_of(uint64_t seed, const std::string& name) {
 
 // Sum of four 16-bit uniforms: near enough to a normal, and exact integer arithmetic up to one rounding.
 float normal(uint64_t bits) {
-  const int64_t sum = static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
+  const int64_t sum =
+      static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
   return static_cast<float>(sum - 131070) * (1.0f / 37837.0f);  // 65536 / sqrt(3)
 }
 
@@ -67,7 +68,8 @@ void SynthSource::fill_row(int64_t row, float* out) const {
   for (int stream = 0; stream < comb_streams_; ++stream) out[2 * comb_streams_ + stream * (comb_streams_ + 1)] += 2.0f;
 }
 
-void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk, int64_t* out) {
+void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk,
+                           int64_t* out) {
   const uint64_t key = key_of(seed, name) + static_cast<uint64_t>(token) * kGolden;
   // Floyd's sampling: distinct without retries.
   for (int k = 0; k < num_topk; ++k) {

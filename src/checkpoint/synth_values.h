@@ -28,7 +28,8 @@ class SynthSource {
 };
 
 // One row of tid2eid: num_topk distinct experts.
-void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk, int64_t* out);
+void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk,
+                           int64_t* out);
 
 // In 0..1, the same for the same arguments.
 float synth_uniform(uint64_t seed, const std::string& name);

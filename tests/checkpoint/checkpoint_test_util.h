@@ -20,6 +20,7 @@
 #include "base/check.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "checkpoint/checkpoint.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/synth.h"
 
@@ -30,8 +31,9 @@ class TempFolder {
   TempFolder() {
     // In memory where possible: every file is synced when it is finished, which takes long on a disk.
     const bool in_memory = ::access("/dev/shm", W_OK) == 0;
-    std::string pattern =
-        ((in_memory ? std::filesystem::path("/dev/shm") : std::filesystem::temp_directory_path()) / "dsv4-checkpoint-XXXXXX").string();
+    std::string pattern = ((in_memory ? std::filesystem::path("/dev/shm") : std::filesystem::temp_directory_path()) /
+                           "dsv4-checkpoint-XXXXXX")
+                              .string();
     if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("mkdtemp");
     path_ = pattern;
   }
@@ -49,7 +51,8 @@ class TempFolder {
 };
 
 // body must throw dsv4::Error of this kind whose text contains every part.
-inline void expect_error(ErrorKind kind, std::initializer_list<std::string_view> parts, const std::function<void()>& body) {
+inline void expect_error(ErrorKind kind, std::initializer_list<std::string_view> parts,
+                         const std::function<void()>& body) {
   try {
     body();
   } catch (const Error& error) {
@@ -118,7 +121,8 @@ class EditableFile {
     for (const auto& [name, tensor] : tensors) specs.push_back({name, tensor.dtype, tensor.shape});
     align_specs(specs);
     SafetensorsWriter writer(path_, specs, {});
-    for (const TensorSpec& spec : specs) writer.append(tensors.at(spec.name).bytes.data(), tensors.at(spec.name).bytes.size());
+    for (const TensorSpec& spec : specs)
+      writer.append(tensors.at(spec.name).bytes.data(), tensors.at(spec.name).bytes.size());
     writer.finish();
   }
   std::map<std::string, Tensor> tensors;
@@ -126,5 +130,29 @@ class EditableFile {
  private:
   std::string path_;
 };
+
+// open_checkpoint must refuse the folder with a message that names it and contains every part.
+inline void expect_unusable(const TempFolder& folder, std::initializer_list<std::string_view> parts) {
+  expect_bad_input({folder.path()}, [&] { open_checkpoint(folder.path()); });
+  expect_bad_input(parts, [&] { open_checkpoint(folder.path()); });
+}
+
+// A tiny checkpoint in one file, with one edit.
+class EditedCheckpoint {
+ public:
+  explicit EditedCheckpoint(SynthVariant variant) { write_tiny(folder_.path(), variant); }
+  void edit(const std::function<void(std::map<std::string, EditableFile::Tensor>&)>& change) {
+    EditableFile file(folder_ / "model.safetensors");
+    change(file.tensors);
+    file.save();
+  }
+  void expect_refused(std::initializer_list<std::string_view> parts) { expect_unusable(folder_, parts); }
+  const TempFolder& folder() const { return folder_; }
+
+ private:
+  TempFolder folder_;
+};
+
+inline std::string float_bytes(float value) { return std::string(reinterpret_cast<const char*>(&value), 4); }
 
 }  // namespace dsv4

@@ -109,23 +109,27 @@ TEST(Config, IndexerKeysAreNeededOnlyByCsaLayers) {
 TEST(Config, EveryDimensionRefusesZeroNegativeHugeAndOtherTypes) {
   for (const char* key : {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
                           "qk_rope_head_dim", "q_lora_rank", "o_lora_rank", "o_groups", "moe_intermediate_size",
-                          "n_routed_experts", "num_experts_per_tok", "sliding_window", "index_n_heads", "index_head_dim",
-                          "index_topk", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings"}) {
-    for (const Json& value : {Json(0), Json(-1), Json(-9223372036854775807), Json(9223372036854775807), Json(UINT64_MAX),
-                              Json(16.0), Json(1e300), Json("16"), Json(true), Json::array(), Json::object()})
+                          "n_routed_experts", "num_experts_per_tok", "sliding_window", "index_n_heads",
+                          "index_head_dim", "index_topk", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings"}) {
+    for (const Json& value :
+         {Json(0), Json(-1), Json(-9223372036854775807), Json(9223372036854775807), Json(UINT64_MAX), Json(16.0),
+          Json(1e300), Json("16"), Json(true), Json::array(), Json::object()})
       expect_refused(key, value, {key, "integer from"});
     expect_refused(key, nullptr, {key, "missing"});
   }
-  for (const char* key : {"n_shared_experts", "num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"})
+  for (const char* key :
+       {"n_shared_experts", "num_hash_layers", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"})
     for (const Json& value : {Json(-1), Json(9223372036854775807), Json(0.5), Json("x"), Json(false)})
       expect_refused(key, value, {key, "integer from"});
-  for (const char* key : {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta", "compress_rope_theta"})
+  for (const char* key :
+       {"routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "rope_theta", "compress_rope_theta"})
     for (const Json& value : {Json(-1), Json(-0.5), Json(1e300), Json("x"), Json(true)})
       expect_refused(key, value, {key, "number from"});
 }
 
 TEST(Config, NumbersThatJsonCannotHoldAreRefused) {
-  for (const char* text : {R"({"hc_eps": NaN})", R"({"hc_eps": Infinity})", R"({"hc_eps": 1e999})", R"({"hidden_size": 0x10})"})
+  for (const char* text :
+       {R"({"hc_eps": NaN})", R"({"hc_eps": Infinity})", R"({"hc_eps": 1e999})", R"({"hidden_size": 0x10})"})
     expect_bad_input({"config.json", "invalid JSON"}, [&] { parse_json(text, "config.json"); });
   // nlohmann reads an integer beyond 64 bits as a floating-point number: a wrong type here.
   Json config = tiny_config();
@@ -181,12 +185,14 @@ TEST(Config, RopeScalingIsReadOrAbsent) {
   EXPECT_EQ(parse(changed("rope_scaling", nullptr)).rope.factor, 1.0) << "no scaling";
   expect_refused("rope_scaling", {{"type", "linear"}, {"factor", 2}, {"original_max_position_embeddings", 4096}},
                  {"rope_scaling.type", "yarn", "linear"});
-  expect_refused("rope_scaling", {{"type", "yarn"}}, {"rope_scaling.factor is missing", "rope_scaling.original_max_position_embeddings"});
+  expect_refused("rope_scaling", {{"type", "yarn"}},
+                 {"rope_scaling.factor is missing", "rope_scaling.original_max_position_embeddings"});
   expect_refused("rope_scaling", {{"type", "yarn"}, {"factor", 0}, {"original_max_position_embeddings", 0}},
                  {"rope_scaling.factor", "rope_scaling.original_max_position_embeddings"});
-  expect_refused("rope_scaling",
-                 {{"type", "yarn"}, {"factor", 2}, {"original_max_position_embeddings", 4096}, {"beta_fast", 1}, {"beta_slow", 2}},
-                 {"beta_fast = 1", "beta_slow = 2"});
+  expect_refused(
+      "rope_scaling",
+      {{"type", "yarn"}, {"factor", 2}, {"original_max_position_embeddings", 4096}, {"beta_fast", 1}, {"beta_slow", 2}},
+      {"beta_fast = 1", "beta_slow = 2"});
   expect_refused("rope_scaling", 3, {"rope_scaling", "object"});
   expect_refused("rope_theta", 1, {"rope_theta"});
 }
@@ -198,8 +204,9 @@ TEST(Config, AllProblemsAreReportedAtOnce) {
   config["head_dim"] = "48";
   config.erase("q_lora_rank");
   config["compress_ratios"] = {0, 4};
-  expect_bad_input({"5 problems", "hidden_size", "o_groups = 4", "head_dim", "q_lora_rank is missing", "compress_ratios has 2"},
-                   [&] { parse(config); });
+  expect_bad_input(
+      {"5 problems", "hidden_size", "o_groups = 4", "head_dim", "q_lora_rank is missing", "compress_ratios has 2"},
+      [&] { parse(config); });
 }
 
 TEST(Config, HostileValuesArePrintedShort) {
@@ -215,7 +222,8 @@ TEST(Config, HostileValuesArePrintedShort) {
 TEST(Config, EveryProperPrefixOfTheFileIsRefused) {
   const std::string text = tiny_config().dump();
   for (size_t length = 0; length < text.size(); ++length)
-    expect_bad_input({"config.json", "invalid JSON"}, [&] { parse(parse_json(text.substr(0, length), "config.json")); });
+    expect_bad_input({"config.json", "invalid JSON"},
+                     [&] { parse(parse_json(text.substr(0, length), "config.json")); });
 }
 
 TEST(Config, RootMustBeAnObject) {

@@ -52,7 +52,8 @@ TEST(Inspect, ParametersMatchTheReleasedModels) {
 }
 
 TEST(Inspect, BytesAddUpInEveryVariant) {
-  for (SynthVariant variant : {SynthVariant::kBf16, SynthVariant::kOfficial, SynthVariant::kModelOpt, SynthVariant::kCompressed}) {
+  for (SynthVariant variant :
+       {SynthVariant::kBf16, SynthVariant::kOfficial, SynthVariant::kModelOpt, SynthVariant::kCompressed}) {
     TempFolder folder;
     write_tiny(folder.path(), variant, 100000);
     const InspectReport report = inspect_checkpoint(folder.path());
@@ -74,9 +75,10 @@ TEST(Inspect, BytesAddUpInEveryVariant) {
 }
 
 TEST(Inspect, VariantIsNamed) {
-  for (const auto& [variant, name] : {std::pair{SynthVariant::kBf16, "BF16"}, std::pair{SynthVariant::kOfficial, "official"},
-                                      std::pair{SynthVariant::kModelOpt, "ModelOpt NVFP4"},
-                                      std::pair{SynthVariant::kCompressed, "compressed-tensors NVFP4"}}) {
+  for (const auto& [variant, name] :
+       {std::pair{SynthVariant::kBf16, "BF16"}, std::pair{SynthVariant::kOfficial, "official"},
+        std::pair{SynthVariant::kModelOpt, "ModelOpt NVFP4"},
+        std::pair{SynthVariant::kCompressed, "compressed-tensors NVFP4"}}) {
     TempFolder folder;
     write_tiny(folder.path(), variant);
     EXPECT_TRUE(inspect_checkpoint(folder.path()).variant.starts_with(std::string(name) + " ("));
@@ -103,7 +105,8 @@ TEST(Inspect, NanScalesAndWrongExpertsAreProblems) {
   const InspectReport report = inspect_checkpoint(folder.path());
   EXPECT_FALSE(report.usable);
   ASSERT_EQ(report.problems.count(), 2) << report.problems.text();
-  EXPECT_NE(report.problems.text().find("layers.2.ffn.experts.1.w2: scale at row 2, group 1 is 0x7f"), std::string::npos);
+  EXPECT_NE(report.problems.text().find("layers.2.ffn.experts.1.w2: scale at row 2, group 1 is 0x7f"),
+            std::string::npos);
   EXPECT_NE(report.problems.text().find("layers.0.ffn.gate.tid2eid: expert 5 for token 0"), std::string::npos);
   EXPECT_NE(report.problems.text().find(folder / "model.safetensors"), std::string::npos);
 }
@@ -151,13 +154,15 @@ TEST(Inspect, TextAndJsonSayTheSame) {
   write_tiny(folder.path(), SynthVariant::kModelOpt);
   const InspectReport report = inspect_checkpoint(folder.path());
   const std::string text = inspect_text(report);
-  for (const char* part : {"ModelOpt NVFP4", "4: 1 window, 2 CSA, 1 HCA; 1 hash-routed", "5 routed per layer, 2 per token",
-                           "routed experts", "hyper-connections", "FP8 block", "--kv", "no problems found"})
+  for (const char* part :
+       {"ModelOpt NVFP4", "4: 1 window, 2 CSA, 1 HCA; 1 hash-routed", "5 routed per layer, 2 per token",
+        "routed experts", "hyper-connections", "FP8 block", "--kv", "no problems found"})
     EXPECT_NE(text.find(part), std::string::npos) << part << "\n" << text;
   const Json json = inspect_json(report);
   EXPECT_EQ(json["usable"], true);
   EXPECT_EQ(json["bytes"], report.bytes);
-  EXPECT_EQ(json["bytes_by_kind"]["routed experts"], report.bytes_by_role[static_cast<size_t>(TensorRole::kRoutedExpert)]);
+  EXPECT_EQ(json["bytes_by_kind"]["routed experts"],
+            report.bytes_by_role[static_cast<size_t>(TensorRole::kRoutedExpert)]);
   EXPECT_EQ(json["model"]["layers"]["CSA"], 2);
   EXPECT_EQ(json["model"]["kv_cache"].size(), 9u);
   EXPECT_EQ(json["model"]["kv_cache"][0]["at"][0]["context"], 4096);

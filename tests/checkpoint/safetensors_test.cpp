@@ -91,7 +91,8 @@ TEST(Safetensors, HeaderMustBeAJsonObject) {
 
 TEST(Safetensors, DuplicateNamesAreRefused) {
   expect_refused(safetensors_bytes(R"({"twice":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
-                                   R"("twice":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "ab"),
+                                   R"("twice":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})",
+                                   "ab"),
                  {"duplicate", "twice"});
 }
 
@@ -104,8 +105,10 @@ TEST(Safetensors, MalformedEntriesAreRefused) {
   expect_refused(one_tensor(R"({"shape":[1],"data_offsets":[0,1]})", "a"), {"\"name\"", "dtype"});
   expect_refused(one_tensor(R"({"dtype":"U8","data_offsets":[0,1]})", "a"), {"\"name\"", "shape"});
   expect_refused(one_tensor(R"({"dtype":"U8","shape":[1]})", "a"), {"\"name\"", "data_offsets"});
-  expect_refused(one_tensor(R"({"dtype":"F4","shape":[1],"data_offsets":[0,1]})", "a"), {"\"name\"", "unknown dtype", "F4"});
-  expect_refused(one_tensor(R"({"dtype":5,"shape":[1],"data_offsets":[0,1]})", "a"), {"\"name\"", "unknown dtype", "5"});
+  expect_refused(one_tensor(R"({"dtype":"F4","shape":[1],"data_offsets":[0,1]})", "a"),
+                 {"\"name\"", "unknown dtype", "F4"});
+  expect_refused(one_tensor(R"({"dtype":5,"shape":[1],"data_offsets":[0,1]})", "a"),
+                 {"\"name\"", "unknown dtype", "5"});
   expect_refused(one_tensor(R"({"dtype":"U8","shape":1,"data_offsets":[0,1]})", "a"), {"\"name\"", "not a list"});
   for (const char* extent : {"-1", "1.0", "\"1\"", "null", "9223372036854775808", "1e3"})
     expect_refused(one_tensor(fmt::format(R"({{"dtype":"U8","shape":[{}],"data_offsets":[0,1]}})", extent), "a"),
@@ -120,8 +123,8 @@ TEST(Safetensors, MalformedEntriesAreRefused) {
 }
 
 TEST(Safetensors, NamesThatCannotBePrintedAreRefused) {
-  for (const std::string& name : {std::string(), std::string("a\\nb"), std::string("\\u0000"), std::string("\\u001b[2J"),
-                                  std::string("\x7f"), std::string(1025, 'n')})
+  for (const std::string& name : {std::string(), std::string("a\\nb"), std::string("\\u0000"),
+                                  std::string("\\u001b[2J"), std::string("\x7f"), std::string(1025, 'n')})
     expect_refused(safetensors_bytes("{\"" + name + R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "a"),
                    {"tensor name", "control characters"});
   try {
@@ -142,7 +145,9 @@ TEST(Safetensors, ShapeProductsThatOverflowAreRefused) {
 TEST(Safetensors, OffsetsMustTileTheDataExactly) {
   const auto two = [](const char* a, const char* b) {
     return safetensors_bytes(fmt::format(R"({{"aa":{{"dtype":"U8","shape":[4],"data_offsets":{}}},)"
-                                         R"("bb":{{"dtype":"U8","shape":[4],"data_offsets":{}}}}})", a, b), "12345678");
+                                         R"("bb":{{"dtype":"U8","shape":[4],"data_offsets":{}}}}})",
+                                         a, b),
+                             "12345678");
   };
   EXPECT_EQ(parse(two("[4,8]", "[0,4]")).tensors.size(), 2u);
   expect_refused(two("[0,4]", "[3,7]"), {"\"aa\"", "\"bb\"", "overlap"});
@@ -151,8 +156,10 @@ TEST(Safetensors, OffsetsMustTileTheDataExactly) {
   expect_refused(two("[0,4]", "[5,9]"), {"\"bb\"", "9", "8 bytes"});
   expect_refused(two("[0,4]", "[18446744073709551612,18446744073709551615]"), {"\"bb\"", "18446744073709551615"});
   expect_refused(two("[0,4]", "[4,7]"), {"\"bb\"", "3 bytes", "needs 4"});
-  expect_refused(safetensors_bytes(R"({"aa":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})", "123456"), {"hole", "\"aa\""});
-  expect_refused(safetensors_bytes(R"({"aa":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "123456"), {"offset 4", "6 bytes"});
+  expect_refused(safetensors_bytes(R"({"aa":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})", "123456"),
+                 {"hole", "\"aa\""});
+  expect_refused(safetensors_bytes(R"({"aa":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "123456"),
+                 {"offset 4", "6 bytes"});
   expect_refused(safetensors_bytes("{}", "1"), {"1 bytes"});
 }
 
@@ -172,9 +179,9 @@ TEST(Safetensors, MisalignedTensorsAreRealigned) {
   const int64_t value = 0x0102030405060708;
   std::string data = "x";
   data.append(reinterpret_cast<const char*>(&value), 8);
-  write_bytes(folder / "m.safetensors",
-              safetensors_bytes(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
-                                R"("b":{"dtype":"I64","shape":[1],"data_offsets":[1,9]}})", data));
+  write_bytes(folder / "m.safetensors", safetensors_bytes(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                                                          R"("b":{"dtype":"I64","shape":[1],"data_offsets":[1,9]}})",
+                                                          data));
   const SafetensorsFile file(folder / "m.safetensors");
   const TensorView& tensor = file.at("b");
   EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.data) % 8, 0u);
@@ -183,10 +190,12 @@ TEST(Safetensors, MisalignedTensorsAreRealigned) {
 
 TEST(Safetensors, FilesThatCannotBeReadNameTheirPath) {
   TempFolder folder;
-  expect_bad_input({folder / "absent.safetensors", "cannot open"}, [&] { SafetensorsFile file(folder / "absent.safetensors"); });
+  expect_bad_input({folder / "absent.safetensors", "cannot open"},
+                   [&] { SafetensorsFile file(folder / "absent.safetensors"); });
   expect_bad_input({folder.path(), "not a regular file"}, [&] { SafetensorsFile file(folder.path()); });
   write_bytes(folder / "empty.safetensors", "");
-  expect_bad_input({folder / "empty.safetensors", "0 bytes"}, [&] { SafetensorsFile file(folder / "empty.safetensors"); });
+  expect_bad_input({folder / "empty.safetensors", "0 bytes"},
+                   [&] { SafetensorsFile file(folder / "empty.safetensors"); });
   write_bytes(folder / "ok.safetensors", safetensors_bytes("{}", ""));
   const SafetensorsFile file(folder / "ok.safetensors");
   expect_bad_input({folder / "ok.safetensors", "\"nothing\""}, [&] { file.at("nothing"); });
@@ -240,10 +249,12 @@ TEST(Safetensors, WriterRefusesMisuse) {
     expect_error(ErrorKind::kInternal, {"after the last tensor"}, [&] { writer.append("5", 1); });
   }
   EXPECT_TRUE(std::filesystem::is_empty(folder.path())) << "an unfinished writer must leave nothing";
-  expect_error(ErrorKind::kInternal, {"twice"},
-               [&] { SafetensorsWriter(path, {{"twice", DType::kU8, {1}}, {"twice", DType::kU8, {1}}}, {}); });
-  expect_error(ErrorKind::kInternal, {"big", "overflows"},
-               [&] { SafetensorsWriter(path, {{"big", DType::kF32, {int64_t{1} << 40, int64_t{1} << 40}}}, {}); });
+  expect_error(ErrorKind::kInternal, {"twice"}, [&] {
+    SafetensorsWriter(path, {{"twice", DType::kU8, {1}}, {"twice", DType::kU8, {1}}}, {});
+  });
+  expect_error(ErrorKind::kInternal, {"big", "overflows"}, [&] {
+    SafetensorsWriter(path, {{"big", DType::kF32, {int64_t{1} << 40, int64_t{1} << 40}}}, {});
+  });
 }
 
 TEST(Safetensors, WriterReportsAFolderThatCannotBeWritten) {
@@ -254,8 +265,11 @@ TEST(Safetensors, WriterReportsAFolderThatCannotBeWritten) {
 
 TEST(Safetensors, AlignedSpecsComeBackWithoutCopies) {
   TempFolder folder;
-  std::vector<TensorSpec> specs{{"byte", DType::kU8, {3}}, {"half", DType::kBf16, {1}}, {"long", DType::kI64, {1}},
-                                {"byte2", DType::kI8, {1}}, {"float", DType::kF32, {3}}};
+  std::vector<TensorSpec> specs{{"byte", DType::kU8, {3}},
+                                {"half", DType::kBf16, {1}},
+                                {"long", DType::kI64, {1}},
+                                {"byte2", DType::kI8, {1}},
+                                {"float", DType::kF32, {3}}};
   align_specs(specs);
   std::vector<std::string> order;
   for (const TensorSpec& spec : specs) order.push_back(spec.name);

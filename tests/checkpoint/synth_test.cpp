@@ -21,17 +21,22 @@ constexpr SynthVariant kVariants[] = {SynthVariant::kBf16, SynthVariant::kOffici
 // Element by element, straight from the formulas of spec 7; no code shared with the encoder.
 float decode(const StoredMatrix& m, int64_t row, int64_t col) {
   const int64_t index = row * m.cols + col;
-  const auto nibble = [&] { return static_cast<uint8_t>((m.weight.as<uint8_t>()[index / 2] >> (index % 2 * 4)) & 0xf); };
+  const auto nibble = [&] {
+    return static_cast<uint8_t>((m.weight.as<uint8_t>()[index / 2] >> (index % 2 * 4)) & 0xf);
+  };
   switch (m.format) {
-    case StoredFormat::kF32: return m.weight.as<float>()[index];
-    case StoredFormat::kBf16: return decode_bf16(m.weight.as<bf16>()[index]);
+    case StoredFormat::kF32:
+      return m.weight.as<float>()[index];
+    case StoredFormat::kBf16:
+      return decode_bf16(m.weight.as<bf16>()[index]);
     case StoredFormat::kFp8Block: {
       const int64_t tile = row / 128 * m.scale.shape[1] + col / 128;
       const float scale = m.scale.dtype == DType::kBf16 ? decode_bf16(m.scale.as<bf16>()[tile])
                                                         : std::ldexp(1.0f, m.scale.as<uint8_t>()[tile] - 127);
       return decode_e4m3(m.weight.as<uint8_t>()[index]) * scale;
     }
-    case StoredFormat::kMxfp4: return decode_e2m1(nibble()) * std::ldexp(1.0f, m.scale.as<uint8_t>()[index / 32] - 127);
+    case StoredFormat::kMxfp4:
+      return decode_e2m1(nibble()) * std::ldexp(1.0f, m.scale.as<uint8_t>()[index / 32] - 127);
     case StoredFormat::kNvfp4ModelOpt:
     case StoredFormat::kNvfp4Compressed:
       return decode_e2m1(nibble()) * decode_e4m3(m.scale.as<uint8_t>()[index / 16]) * m.global_scale;
@@ -52,7 +57,8 @@ TEST(Synth, AllVariantsHoldTheSameModel) {
     for (const auto& [variant, checkpoint] : checkpoints) {
       SCOPED_TRACE(fmt::format("{} in variant {}", tensor.name, static_cast<int>(variant)));
       if (!tensor.is_matrix()) {
-        ASSERT_EQ(std::memcmp(checkpoint.at(tensor.name).data, exact.at(tensor.name).data, exact.at(tensor.name).bytes()), 0);
+        ASSERT_EQ(
+            std::memcmp(checkpoint.at(tensor.name).data, exact.at(tensor.name).data, exact.at(tensor.name).bytes()), 0);
         continue;
       }
       const StoredMatrix reference = exact.matrix(tensor.name), stored = checkpoint.matrix(tensor.name);
@@ -64,7 +70,9 @@ TEST(Synth, AllVariantsHoldTheSameModel) {
           power += value * value;
         }
       // Half steps of the formats on normal data: e4m3 about 2.6 %, e2m1 about 10 % (groups of 16 or 32).
-      const double limit = stored.format == StoredFormat::kBf16 ? 0.0 : stored.format == StoredFormat::kFp8Block ? 0.04 : 0.15;
+      const double limit = stored.format == StoredFormat::kBf16       ? 0.0
+                           : stored.format == StoredFormat::kFp8Block ? 0.04
+                                                                      : 0.15;
       ASSERT_LE(std::sqrt(error / power), limit);
       ASSERT_GT(power, 0.0);
       const double fan_in_rms = std::sqrt(power / static_cast<double>(reference.rows));
