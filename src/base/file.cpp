@@ -16,6 +16,9 @@
 namespace dsv4 {
 namespace {
 
+// Without O_NONBLOCK a FIFO under an input's name would block for ever; regular files ignore it.
+constexpr int kOpenForReading = O_RDONLY | O_CLOEXEC | O_NONBLOCK;
+
 class FileDescriptor {
  public:
   explicit FileDescriptor(int fd) : fd_(fd) {}
@@ -49,7 +52,7 @@ uint64_t regular_file_size(int fd, const std::string& path) {
 }  // namespace
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
-  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  FileDescriptor file(::open(path.c_str(), kOpenForReading));
   if (file.get() < 0) throw_errno(path, "open");
   size_ = regular_file_size(file.get(), path);
   if (size_ == 0) return;
@@ -73,7 +76,7 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 }
 
 std::string read_text_file(const std::string& path, uint64_t max_bytes) {
-  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  FileDescriptor file(::open(path.c_str(), kOpenForReading));
   if (file.get() < 0) throw_errno(path, "open");
   const uint64_t size = regular_file_size(file.get(), path);
   if (size > max_bytes) throw_bad_input("{}: file of {} bytes, at most {} are accepted", path, size, max_bytes);

@@ -35,6 +35,13 @@ void check_inputs(std::span<const SequenceInput> inputs, const ModelConfig& conf
   }
 }
 
+Precision checked_precision(const Precision& precision, const ModelConfig& config) {
+  if (precision.kv == KvFormat::kNvfp4 && config.nope_dim() % kNvfp4GroupSize != 0)
+    throw_bad_input("--kv nvfp4 needs head_dim - qk_rope_head_dim to be a multiple of {}, this model has {}", kNvfp4GroupSize,
+                    config.nope_dim());
+  return precision;
+}
+
 RopeAngles step_angles(const RopeFreqs& freqs, const StepContext& step) {
   const int64_t num_pairs = static_cast<int64_t>(freqs.freqs.size());
   RopeAngles angles;
@@ -98,7 +105,7 @@ CompressorShape compressor_shape(const ModelConfig& config, int layer, int dim) 
 
 DeepseekV4::DeepseekV4(std::shared_ptr<const Checkpoint> checkpoint, Precision precision, CpuContext context)
     : checkpoint_(std::move(checkpoint)),
-      precision_(precision),
+      precision_(checked_precision(precision, checkpoint_->config())),
       context_(context),
       weights_(load_weights(*checkpoint_, context)),
       workspace_(std::make_unique<Workspace>()) {}

@@ -3,6 +3,7 @@
 
 #include "base/check.h"
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/stored_matrix.h"
 #include "model/stored_weight.h"
 
 namespace dsv4 {
@@ -75,13 +76,10 @@ class Loader {
 
   std::vector<int32_t> hash_table(const std::string& name) const {
     const TensorView& view = checkpoint_.at(name);
+    validate_expert_table(name, view, config_.num_experts);
     std::vector<int32_t> table(static_cast<size_t>(view.elements()));
-    for (size_t i = 0; i < table.size(); ++i) {
-      const int64_t id = view.dtype == DType::kI64 ? view.as<int64_t>()[i] : view.as<int32_t>()[i];
-      if (id < 0 || id >= config_.num_experts)
-        throw_bad_input("{}: entry {} is expert {}, expected 0..{}", name, i, id, config_.num_experts - 1);
-      table[i] = static_cast<int32_t>(id);
-    }
+    for (size_t i = 0; i < table.size(); ++i)
+      table[i] = static_cast<int32_t>(view.dtype == DType::kI64 ? view.as<int64_t>()[i] : view.as<int32_t>()[i]);
     return table;
   }
 
