@@ -11,7 +11,7 @@ namespace dsv4 {
 namespace {
 
 // As JSON text, control characters escaped, long keys cut.
-std::string quoted(const std::string& key) {
+std::string shown_key(const std::string& key) {
   const std::string text = Json(key.substr(0, 200)).dump(-1, ' ', true, Json::error_handler_t::replace);
   return key.size() > 200 ? text + "..." : text;
 }
@@ -34,7 +34,7 @@ class LimitedDom : public nlohmann::json_sax<Json> {
     return dom_.start_object(size);
   }
   bool key(string_t& name) override {
-    if (!keys_.back().insert(name).second) throw_bad_input("{}: duplicate key {}", source_, quoted(name));
+    if (!keys_.back().insert(name).second) throw_bad_input("{}: duplicate key {}", source_, shown_key(name));
     return dom_.key(name);
   }
   bool end_object() override {
