@@ -16,7 +16,9 @@
 constexpr int64_t kDenseBlockCols = 256;
 constexpr int64_t kScaleBlockCols = 128;
 constexpr int kDenseChunk = 64;  // x rows per pass over the panel
-constexpr int kMinBlocked = 12;  // fewer rows of x do not earn back the decoded copy
+// Fewer rows of x do not earn back the decoded copy. FP8 costs more to decode than the others.
+template <class F>
+constexpr int kMinBlocked = F::kBlockScaled ? 4 : 12;
 
 template <class F>
 inline typename F::W load_w_tail(const std::byte* w, int64_t count) {
@@ -205,7 +207,7 @@ void dot_dense(const PanelArgs& args) {
     const int64_t left = args.num_x - begin;
     const std::byte* const* x = args.x + begin;
     float* out = args.out + begin * kPanelRows;
-    if (left >= kMinBlocked) {
+    if (left >= kMinBlocked<F>) {
       const int count = static_cast<int>(left < kDenseChunk ? left : kDenseChunk);
       dot_blocked<F>(args, x, count, out);
       begin += count;

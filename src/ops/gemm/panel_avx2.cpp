@@ -81,11 +81,12 @@ inline __m256 load_sf(const std::byte* sf) {
 
 inline __m256i load_codes(const std::byte* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 
-constexpr int kPrefetchBytes = 2304;  // four records ahead of the stream
-
+// Distance and cache as in panel_avx512.cpp.
+template <bool kMemoryBound>
 inline void prefetch_record(const std::byte* record) {
+  constexpr int kAhead = kMemoryBound ? 16 * kPanelRecordBytes : 8 * kPanelRecordBytes;
   for (int line = 0; line < kPanelRecordBytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(record + kPrefetchBytes + line), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(record + kAhead + line), kMemoryBound ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 // bf16 of the e2m1 values, split in bytes, twice (one copy per 128-bit lane).
@@ -140,7 +141,7 @@ inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, floa
     for (int t = 0; t < kTokens; ++t) sum_low[t] = sum_high[t] = _mm256_setzero_ps();
     for (int64_t rec = 0; rec < num_records; ++rec) {
       const std::byte* record = args.packed + rec * kPanelRecordBytes;
-      if (half == 0) prefetch_record(record);
+      if (half == 0) prefetch_record<false>(record);
       for (int group = 0; group < 4; ++group) {
         __m256 low[kTokens], high[kTokens];
 #pragma GCC unroll 2
@@ -266,7 +267,7 @@ inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float
     for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_ps();
     for (int64_t rec = 0; rec < num_records; ++rec) {
       const std::byte* record = args.packed + rec * kPanelRecordBytes;
-      if (half == 0) prefetch_record(record);
+      if (half == 0) prefetch_record<kTokens == 1>(record);
       for (int group = 0; group < 4; ++group) {
         const int64_t g = rec * 4 + group;
         __m256i w[4];

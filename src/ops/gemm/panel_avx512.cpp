@@ -70,9 +70,9 @@ struct Fp8Weight : F32Act {
   static constexpr bool kBlockScaled = true;
   static constexpr float kDecodeFactor = 256.0f;
   static W load_w(const std::byte* w) {
-    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-    const __m256i high = _mm256_srai_epi16(_mm256_slli_epi16(wide, 8), 1);
-    return _mm512_cvtph_ps(_mm256_and_si256(high, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+    const __m256i shifted = _mm256_slli_epi16(wide, 7);  // the sign stands in bits 15 and 14
+    return _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(static_cast<int16_t>(0xbf80))));
   }
 };
 
@@ -88,15 +88,13 @@ inline __m512 load_sf(const std::byte* sf) {
 
 inline __m512i load_codes(const std::byte* p) { return _mm512_load_si512(p); }
 
-#ifndef PFB
-#define PFB 2304
-#define PFH _MM_HINT_T0
-#endif
-constexpr int kPrefetchBytes = PFB;  // four records ahead of the stream
-
+// How far ahead of the stream, and into which cache: measured on Sapphire Rapids, 2 threads (docs/kernels/cpu.md). One row
+// of int8 products is bound by memory and wants to be far ahead in L2; more rows are slower than memory and want L1.
+template <bool kMemoryBound>
 inline void prefetch_record(const std::byte* record) {
+  constexpr int kAhead = kMemoryBound ? 16 * kPanelRecordBytes : 8 * kPanelRecordBytes;
   for (int line = 0; line < kPanelRecordBytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(record + kPrefetchBytes + line), PFH);
+    _mm_prefetch(reinterpret_cast<const char*>(record + kAhead + line), kMemoryBound ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 template <int kTokens>
@@ -109,7 +107,7 @@ inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, floa
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
   for (int64_t rec = 0; rec < num_records; ++rec) {
     const std::byte* record = args.packed + rec * kPanelRecordBytes;
-    prefetch_record(record);
+    prefetch_record<false>(record);
     for (int group = 0; group < 4; ++group) {
       const int64_t x_offset = (rec * 4 + group) * 16;
       __m512 part[kTokens];
@@ -154,7 +152,7 @@ inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
   for (int64_t rec = 0; rec < num_records; ++rec) {
     const std::byte* record = args.packed + rec * kPanelRecordBytes;
-    prefetch_record(record);
+    prefetch_record<kTokens == 1>(record);
     for (int group = 0; group < 4; ++group) {
       const int64_t g = rec * 4 + group;
       __m512i w[4];

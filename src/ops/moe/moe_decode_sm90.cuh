@@ -32,19 +32,22 @@ __device__ __forceinline__ void decode_word(uint32_t word, uint32_t sf, uint32_t
   out[3] = mul_bf16x2(p3, sf);
 }
 
-// A thread's share of one m64k64 block: fragments of the four k16 steps, a[step][0..3] in the order of the instruction
-// (row g / row g + 8 of columns 2t.., then of columns 2t + 8..).
-__device__ __forceinline__ void decode_block(const uint4& codes, uint32_t scales, uint32_t (&a)[4][4]) {
-  const uint32_t sf_low = decode_sf<0>(scales), sf_high = decode_sf<1>(scales);
+// Fragments of two k16 steps, a[step][0..3] in the order of the instruction (row g / row g + 8 of columns 2t.., then of
+// columns 2t + 8..), from one word of row g and one of row g + 8.
+__device__ __forceinline__ void decode_half_block(uint32_t low_row, uint32_t high_row, uint32_t sf_low, uint32_t sf_high,
+                                                  uint32_t (&a)[2][4]) {
   uint32_t r[4];
-  decode_word(codes.x, sf_low, r);
+  decode_word(low_row, sf_low, r);
   a[0][0] = r[0], a[0][2] = r[1], a[1][0] = r[2], a[1][2] = r[3];
-  decode_word(codes.y, sf_low, r);
-  a[2][0] = r[0], a[2][2] = r[1], a[3][0] = r[2], a[3][2] = r[3];
-  decode_word(codes.z, sf_high, r);
+  decode_word(high_row, sf_high, r);
   a[0][1] = r[0], a[0][3] = r[1], a[1][1] = r[2], a[1][3] = r[3];
-  decode_word(codes.w, sf_high, r);
-  a[2][1] = r[0], a[2][3] = r[1], a[3][1] = r[2], a[3][3] = r[3];
+}
+
+// A thread's share of one m64k64 block: fragments of its four steps.
+__device__ __forceinline__ void decode_block(const uint4& codes, uint32_t scales, uint32_t (&a)[2][2][4]) {
+  const uint32_t sf_low = decode_sf<0>(scales), sf_high = decode_sf<1>(scales);
+  decode_half_block(codes.x, codes.z, sf_low, sf_high, a[0]);
+  decode_half_block(codes.y, codes.w, sf_low, sf_high, a[1]);
 }
 
 __device__ __forceinline__ void load_shared_16(uint4& v, uint32_t address) {

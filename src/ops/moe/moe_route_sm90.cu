@@ -1,6 +1,7 @@
 // Around the tiled tier: routing (sort slots by expert), gather (token rows into the operand layout), combine.
 #include <algorithm>
 
+#include "codec/nvfp4.h"
 #include "gpu/launch.h"
 #include "gpu/ptx/sync.cuh"
 #include "ops/moe/moe_layout.h"
@@ -11,10 +12,11 @@ namespace {
 
 constexpr int kRouteWarps = 32;
 constexpr int kRouteBatches = 8;  // loads in flight per lane
+constexpr int kSlice = 128;       // rows a tile can have, rounded up: how warps walk rows without searching their tile
 
 // One CTA. Warp w takes a contiguous run of slots; ranks follow slot order, so the result is deterministic.
 __global__ void __launch_bounds__(32 * kRouteWarps, 1)
-    moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, MoeRouting routing) {
+    moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, int tile_rows, MoeRouting routing) {
   extern __shared__ int count[];  // [kRouteWarps, num_experts], then per expert: first row, first tile
   const int num_experts = shape.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int* first_row = count + kRouteWarps * num_experts;
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(32 * kRouteWarps, 1)
     int rows = 0, tiles = 0;
     for (int base = 0; base < num_experts; base += 32) {
       const int e = base + lane, n = e < num_experts ? total[e] : 0;
-      const int padded = (n + 7) / 8 * 8, cut = (n + kTileRows - 1) / kTileRows;
+      const int padded = (n + 7) / 8 * 8, cut = (n + tile_rows - 1) / tile_rows;
       int row_sum = padded, tile_sum = cut;
       for (int d = 1; d < 32; d *= 2) {
         const int other_rows = __shfl_up_sync(0xffffffffu, row_sum, d), other_tiles = __shfl_up_sync(0xffffffffu, tile_sum, d);
@@ -82,9 +84,9 @@ __global__ void __launch_bounds__(32 * kRouteWarps, 1)
   }
   __syncthreads();
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x)
-    for (int j = 0; j * kTileRows < total[e]; ++j) {
-      const int rows = min(kTileRows, total[e] - j * kTileRows);
-      routing.tiles[first_tile[e] + j] = {e, first_row[e] + j * kTileRows, rows, (rows + 7) / 8 * 8};
+    for (int j = 0; j * tile_rows < total[e]; ++j) {
+      const int rows = min(tile_rows, total[e] - j * tile_rows);
+      routing.tiles[first_tile[e] + j] = {e, first_row[e] + j * tile_rows, rows, (rows + 7) / 8 * 8};
       routing.tile_done[first_tile[e] + j] = 0;
     }
   for_each_batch([&](int i, int e) {
@@ -113,9 +115,9 @@ __global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRout
   const int blocks = shape.hidden / kMoeBlockCols;
   // Warps walk tiles, so a row knows its tile without a search.
   const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  for (int work = self; work < tiles * kTileRows; work += warps) {
-    const MoeTile tile = routing.tiles[work / kTileRows];
-    const int r = work % kTileRows;
+  for (int work = self; work < tiles * kSlice; work += warps) {
+    const MoeTile tile = routing.tiles[work / kSlice];
+    const int r = work % kSlice;
     if (r >= tile.rows) continue;
     const int token = routing.row_slot[tile.first_row + r] / shape.num_topk;
     const uint32_t* source = reinterpret_cast<const uint32_t*>(x + static_cast<int64_t>(token) * shape.hidden);
@@ -124,6 +126,62 @@ __global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRout
     for (int block = lane / 8; block < blocks; block += 4) {
       const uint32_t* from = source + block * 32 + chunk;  // columns 16 t + 2 chunk
       target[block * tile.padded * 8] = make_uint4(from[0], from[8], from[16], from[24]);
+    }
+  }
+}
+
+// A warp per row, a lane per group of 16: the row's amax, then every group quantised by the run-time rule.
+template <class Source>  // bf16: x by token; float: h by padded row
+__global__ void __launch_bounds__(256) moe_quantize_rows_kernel(MoeShape shape, int columns, MoeRouting routing, const Source* source,
+                                                                bf16* rows, float* globals) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int lane = threadIdx.x % 32, tiles = *routing.num_tiles, groups = columns / 16;
+  const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  for (int work = self; work < tiles * kSlice; work += warps) {
+    const MoeTile tile = routing.tiles[work / kSlice];
+    const int r = work % kSlice;
+    if (r >= tile.rows) continue;
+    int64_t from = tile.first_row + r;
+    if constexpr (sizeof(Source) == sizeof(bf16)) from = routing.row_slot[from] / shape.num_topk;
+    const Source* row = source + from * columns;
+    const auto load_group = [&](int group, float (&v)[16]) {
+      if constexpr (sizeof(Source) == sizeof(bf16)) {
+        uint32_t w[8];
+        *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(row + group * 16);
+        *reinterpret_cast<uint4*>(w + 4) = *reinterpret_cast<const uint4*>(row + group * 16 + 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[2 * i] = __uint_as_float(w[i] << 16), v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) *reinterpret_cast<float4*>(v + 4 * i) = *reinterpret_cast<const float4*>(row + group * 16 + 4 * i);
+      }
+    };
+    float amax = 0.0f, v[16];
+    for (int group = lane; group < groups; group += 32) {
+      load_group(group, v);
+      const float a = group_amax(v, 16);
+      amax = a > amax ? a : amax;
+    }
+    for (int d = 16; d > 0; d /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, amax, d);
+      amax = other > amax ? other : amax;
+    }
+    const GlobalScale global = nvfp4_global_scale(amax);
+    const float rcp6 = nvfp4_rcp6(global);
+    if (lane == 0) globals[tile.first_row + r] = global.value;
+    uint8_t* target = reinterpret_cast<uint8_t*>(rows) + static_cast<int64_t>(tile.first_row) * columns * 2 + r * 128;
+    for (int group = lane; group < groups; group += 32) {
+      load_group(group, v);
+      const Nvfp4Group q = encode_nvfp4_runtime_group(v, global, rcp6);
+      const float sf = decode_ue4m3(q.sf);
+      uint8_t* block = target + static_cast<int64_t>(group / 4) * tile.padded * 128 + (group % 4) * 4;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {  // chunk c holds columns 2 c, 2 c + 1 of each of the block's four groups
+        const uint32_t low = __float_as_uint(decode_e2m1(e2m1x2_even(q.codes[c])) * sf) >> 16;
+        const uint32_t high = __float_as_uint(decode_e2m1(e2m1x2_odd(q.codes[c])) * sf) & 0xffff0000u;
+        *reinterpret_cast<uint32_t*>(block + ((c ^ (r & 7)) << 4)) = low | high;
+      }
     }
   }
 }
@@ -172,7 +230,7 @@ __global__ void __launch_bounds__(256) moe_combine_kernel(MoeShape shape, const 
 
 }  // namespace
 
-void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, const MoeRouting& routing,
+void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, int tile_rows, const MoeRouting& routing,
                       cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = 1;
@@ -181,7 +239,7 @@ void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t nu
   config.stream = stream;
   config.dependent = true;
   gpu::allow_smem(moe_route_kernel, config.smem_bytes);
-  gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, routing);
+  gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, tile_rows, routing);
 }
 
 void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,
@@ -193,6 +251,26 @@ void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const b
   config.stream = stream;
   config.dependent = true;
   gpu::launch(moe_gather_kernel, config, shape, routing, x, x_rows);
+}
+
+void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, const bf16* x, bf16* x_rows, float* x_global,
+                             cudaStream_t stream) {
+  gpu::LaunchConfig config;
+  config.grid = 132 * 8;
+  config.block = 256;
+  config.stream = stream;
+  config.dependent = true;
+  gpu::launch(moe_quantize_rows_kernel<bf16>, config, shape, shape.hidden, routing, x, x_rows, x_global);
+}
+
+void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
+                           cudaStream_t stream) {
+  gpu::LaunchConfig config;
+  config.grid = 132 * 8;
+  config.block = 256;
+  config.stream = stream;
+  config.dependent = true;
+  gpu::launch(moe_quantize_rows_kernel<float>, config, shape, shape.inter, routing, h_wide, h_rows, h_global);
 }
 
 void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,

@@ -17,7 +17,8 @@
 
 namespace dsv4::sm90 {
 
-enum class StreamMode { kFull, kWeightsOnly };  // kWeightsOnly: the same copies and no arithmetic, a ceiling for the bench
+// For the bench, what limits the kernel: the same copies and no arithmetic, or the same arithmetic and no weight copies.
+enum class StreamMode { kFull, kWeightsOnly, kMathOnly };
 
 template <int kMaxRows_, StreamMode kMode_ = StreamMode::kFull>
 struct StreamTraits {
@@ -47,9 +48,11 @@ struct StreamTraits {
   };
   static constexpr int kMaxSmem = 227 * 1024;
   static constexpr int kRingOffset = (sizeof(Shared) + 16 * 32 + 127) / 128 * 128;
-  static constexpr int kStages = (kMaxSmem - kRingOffset) / kStageBytes > 16 ? 16 : (kMaxSmem - kRingOffset) / kStageBytes;
+  // A multiple of kGroups: then a stage is always the same group's, and a group that runs ahead of another can never mistake
+  // the phase before the one it waits for (parities repeat every two uses).
+  static constexpr int kStages = (kMaxSmem - kRingOffset) / kStageBytes / kGroups * kGroups;
   static constexpr int kSmemBytes = kRingOffset + kStages * kStageBytes;
-  static_assert(kStages >= 4);
+  static_assert(kStages >= 2 * kGroups && kStages <= 16);
 };
 
 // Position in a ring that wraps.
@@ -84,22 +87,34 @@ __device__ __forceinline__ StreamTask stream_task(const MoeStreamArgs& args, con
 }
 
 // Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts
-// live in `scratch` (the ring, not yet in use): two ints per expert, then the rank of every slot.
+// live in `scratch` (the ring, not yet in use). Latency counts here: every weight waits for it.
 template <class Traits>
-__device__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared& shared, int* scratch) {
+__device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared& shared, int* scratch) {
   const int num_slots = args.num_tokens * args.shape.num_topk, num_experts = args.shape.num_experts, lane = threadIdx.x & 31;
-  int* count = scratch;
-  int* first = scratch + num_experts;
-  int* rank = scratch + 2 * num_experts;
-  int* expert = rank + num_slots;
-  for (int e = threadIdx.x; e < num_experts; e += Traits::kThreads) count[e] = 0;
+  int* expert = scratch;              // [num_slots]
+  int* rank = expert + num_slots;     // [num_slots]
+  int* count = rank + num_slots;      // [num_experts], becomes the expert's first slot
+  int* warp_sums = count + num_experts;
   for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
     const int e = args.topk_idx[i];
     expert[i] = e >= 0 && e < num_experts ? e : -1;
     shared.rho[i] = args.topk_weights[i];
   }
+  for (int e = threadIdx.x; e < num_experts; e += Traits::kThreads) count[e] = 0;
   __syncthreads();
-  if (threadIdx.x < 32) {
+  if (num_slots <= 64) {
+    if (threadIdx.x < num_slots) {
+      const int e = expert[threadIdx.x];
+      int before = 0, all = 0;
+      for (int j = 0; j < num_slots; ++j) {
+        const int same = expert[j] == e;
+        all += same;
+        before += same & (j < static_cast<int>(threadIdx.x));
+      }
+      rank[threadIdx.x] = before;
+      if (e >= 0 && before == 0) count[e] = all;
+    }
+  } else if (threadIdx.x < 32) {
     for (int base = 0; base < num_slots; base += 32) {  // in slot order: ranks are deterministic
       const int i = base + lane;
       const int e = i < num_slots ? expert[i] : -1;
@@ -110,43 +125,47 @@ __device__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared&
       if (e >= 0 && before == 0) count[e] += __popc(peers);
       __syncwarp();
     }
-    int slots = 0, chunks = 0;
-    for (int base = 0; base < num_experts; base += 32) {
-      const int e = base + lane;
-      const int n = e < num_experts ? count[e] : 0;
-      const int c = (n + Traits::kMaxRows - 1) / Traits::kMaxRows;
-      int packed = n | c << 16;
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, packed, d);
-        if (lane >= d) packed += other;
-      }
-      const int slot = slots + (packed & 0xffff) - n, chunk = chunks + (packed >> 16) - c;
-      if (e < num_experts) first[e] = slot;
-      for (int j = 0; j < c; ++j) {
-        shared.chunk_expert[chunk + j] = static_cast<uint16_t>(e);
-        shared.chunk_first[chunk + j] = static_cast<uint16_t>(slot + j * Traits::kMaxRows);
-        shared.chunk_rows[chunk + j] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
-      }
-      const int totals = __shfl_sync(0xffffffffu, packed, 31);
-      slots += totals & 0xffff;
-      chunks += totals >> 16;
-    }
-    if (lane == 0) shared.num_chunks = chunks;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads)
-    if (expert[i] >= 0) shared.slots[first[expert[i]] + rank[i]] = static_cast<uint16_t>(i);
-  for (int token = threadIdx.x; token < args.num_tokens; token += Traits::kThreads) {
-    const int base = token * args.shape.num_topk;
-    for (int k = 0; k < args.shape.num_topk; ++k) {  // place k after every position with a smaller expert (ties: smaller k)
-      const int e = expert[base + k];
-      int place = 0;
-      for (int j = 0; j < args.shape.num_topk; ++j) {
-        const int other = expert[base + j];
-        place += other < e || (other == e && j < k);
-      }
-      shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
+  int done = 0;  // slots | chunks << 16 of the experts before this round
+  for (int base = 0; base < num_experts; base += Traits::kThreads) {
+    const int e = base + threadIdx.x;
+    const int n = e < num_experts ? count[e] : 0;
+    const int c = (n + Traits::kMaxRows - 1) / Traits::kMaxRows;
+    const int own = n | c << 16;
+    int sum = own;
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, sum, d);
+      if (lane >= d) sum += other;
     }
+    if (lane == 31) warp_sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    int before = done;
+    for (int w = 0; w < Traits::kThreads / 32; ++w) {
+      if (w < static_cast<int>(threadIdx.x / 32)) before += warp_sums[w];
+      done += warp_sums[w];
+    }
+    before += sum - own;
+    if (e < num_experts) count[e] = before & 0xffff;
+    for (int j = 0; j < c; ++j) {
+      const int chunk = (before >> 16) + j;
+      shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
+      shared.chunk_first[chunk] = static_cast<uint16_t>((before & 0xffff) + j * Traits::kMaxRows);
+      shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) shared.num_chunks = done >> 16;
+  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads)
+    if (expert[i] >= 0) shared.slots[count[expert[i]] + rank[i]] = static_cast<uint16_t>(i);
+  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
+    const int token = i / args.shape.num_topk, base = token * args.shape.num_topk, k = i - base, e = expert[i];
+    int place = 0;  // after every position with a smaller expert (ties: smaller k)
+    for (int j = 0; j < args.shape.num_topk; ++j) {
+      const int other = expert[base + j];
+      place += other < e || (other == e && j < k);
+    }
+    shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
   }
   __syncthreads();
 }
@@ -162,9 +181,13 @@ __device__ void stream_load_weights(const MoeStreamArgs& args, const typename Tr
     for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
       const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * kMoeBlockBytes;
       spin_until([&] { return ptx::mbarrier_try_wait(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for weights", v, block);
-      ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
-      ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * kMoeBlockBytes, bytes,
-                     &full[at.stage], ptx::L2Hint::kEvictFirst);
+      if constexpr (Traits::kMode == StreamMode::kMathOnly) {
+        ptx::mbarrier_arrive(&full[at.stage]);
+      } else {
+        ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * kMoeBlockBytes, bytes,
+                       &full[at.stage], ptx::L2Hint::kEvictFirst);
+      }
       at.advance();
     }
   }
@@ -211,33 +234,53 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// One ring stage of one warp: 16 weight rows, kTiles x 8 token rows.
+// What a warp needs of one block: 16 weight rows, kTiles x 8 token rows.
+template <int kTiles>
+struct StreamOperands {
+  uint4 codes, rows[kTiles][2];
+  uint32_t scales;
+};
+template <class Traits, int kTiles>
+__device__ __forceinline__ void stream_fetch(StreamOperands<kTiles>& o, uint32_t stage_address, int block, int warp, int lane) {
+  const uint32_t thread = warp * 32 + lane;
+  const uint32_t weights = stage_address + block * kMoeBlockBytes;
+  const uint32_t rows = stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + block * 128;
+  load_shared_16(o.codes, weights + thread * 16);
+  o.scales = load_shared_u16(weights + kMoeBlockCodeBytes + thread * 2);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    load_shared_16(o.rows[tile][0], rows + tile * 8 * Traits::kRowPitch);
+    load_shared_16(o.rows[tile][1], rows + tile * 8 * Traits::kRowPitch + 16);
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void stream_multiply(const StreamOperands<kTiles>& o, float (&sum)[2][kTiles][4]) {
+  uint32_t a[2][2][4];
+  decode_block(o.codes, o.scales, a);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {  // two sums: half the dependent chain
+    mma_m16n8k16(sum[0][tile], a[0][0], o.rows[tile][0].x, o.rows[tile][0].y);
+    mma_m16n8k16(sum[1][tile], a[0][1], o.rows[tile][0].z, o.rows[tile][0].w);
+    mma_m16n8k16(sum[0][tile], a[1][0], o.rows[tile][1].x, o.rows[tile][1].y);
+    mma_m16n8k16(sum[1][tile], a[1][1], o.rows[tile][1].z, o.rows[tile][1].w);
+  }
+}
+// One ring stage of one warp. The next block's operands are fetched before a block is decoded.
 template <class Traits, int kTiles>
 __device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks, int warp, int lane, float (&sum)[2][kTiles][4]) {
-  const uint32_t thread = warp * 32 + lane;
-  const uint32_t codes = stage_address + thread * 16;
-  const uint32_t scales = stage_address + kMoeBlockCodeBytes + thread * 2;
-  const uint32_t rows = stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32;
+  StreamOperands<kTiles> o[2];
+  if (blocks >= Traits::kStageBlocks) {
+    stream_fetch<Traits>(o[0], stage_address, 0, warp, lane);
 #pragma unroll
-  for (int block = 0; block < Traits::kStageBlocks; ++block) {
-    if (block < blocks) {
-      uint4 packed, b[kTiles][2];
-      load_shared_16(packed, codes + block * kMoeBlockBytes);
-      const uint32_t sf = load_shared_u16(scales + block * kMoeBlockBytes);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        load_shared_16(b[tile][0], rows + tile * 8 * Traits::kRowPitch + block * 128);
-        load_shared_16(b[tile][1], rows + tile * 8 * Traits::kRowPitch + block * 128 + 16);
-      }
-      uint32_t a[4][4];
-      decode_block(packed, sf, a);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {  // two sums: half the dependent chain
-        mma_m16n8k16(sum[0][tile], a[0], b[tile][0].x, b[tile][0].y);
-        mma_m16n8k16(sum[1][tile], a[1], b[tile][0].z, b[tile][0].w);
-        mma_m16n8k16(sum[0][tile], a[2], b[tile][1].x, b[tile][1].y);
-        mma_m16n8k16(sum[1][tile], a[3], b[tile][1].z, b[tile][1].w);
-      }
+    for (int block = 0; block < Traits::kStageBlocks; ++block) {
+      if (block + 1 < Traits::kStageBlocks) stream_fetch<Traits>(o[(block + 1) % 2], stage_address, block + 1, warp, lane);
+      stream_multiply(o[block % 2], sum);
+    }
+  } else {
+#pragma unroll 1
+    for (int block = 0; block < blocks; ++block) {
+      stream_fetch<Traits>(o[0], stage_address, block, warp, lane);
+      stream_multiply(o[0], sum);
     }
   }
 }
@@ -251,7 +294,7 @@ __device__ __forceinline__ void stream_task_sums(uint8_t* ring, uint64_t* full, 
   for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
     if (turn == group) {
       spin_until([&] { return ptx::mbarrier_try_wait(&full[at.stage], at.phase); }, "moe stream: stage filled", task.chunk, block);
-      if constexpr (Traits::kMode == StreamMode::kFull)
+      if constexpr (Traits::kMode != StreamMode::kWeightsOnly)
         stream_stage<Traits, kTiles>(ptx::smem_address(ring + at.stage * Traits::kStageBytes), task.blocks - block, warp, lane, sum);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&empty[at.stage]);
@@ -358,6 +401,18 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typen
     stream_combine<Traits>(args, shared, task.strip, warp * 32 + lane);
 }
 
+#ifdef DSV4_MOE_TRACE  // nanosecond stamps [ctas, 8] for docs/kernels/moe_sm90.md
+static __device__ unsigned long long moe_trace[256 * 8];
+#define DSV4_MOE_STAMP(i)                                                                \
+  do {                                                                                   \
+    unsigned long long now;                                                              \
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));                              \
+    moe_trace[blockIdx.x * 8 + (i)] = now;                                               \
+  } while (false)
+#else
+#define DSV4_MOE_STAMP(i)
+#endif
+
 template <class Traits>
 __device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, uint64_t* full, uint64_t* empty,
                             int strips1, int strips2) {
@@ -365,8 +420,16 @@ __device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& 
   const int tasks = shared.num_chunks * (strips1 + strips2);
   RingPosition<Traits::kStages> at;
   int turn = 0, count = 0;
+  [[maybe_unused]] bool stamped = false;
   for (int v = blockIdx.x; v < tasks; v += gridDim.x, ++count) {
     const StreamTask task = stream_task(args, shared, v, strips1, strips2);
+#ifdef DSV4_MOE_TRACE
+    if (threadIdx.x == 0 && count == 1) DSV4_MOE_STAMP(3);
+    if (threadIdx.x == 0 && task.is_fc2 && !stamped) {
+      stamped = true;
+      DSV4_MOE_STAMP(4);
+    }
+#endif
     const int buffer = count & 1;
     const uint32_t phase = (count >> 1) & 1;
     float* partial = shared.partial[buffer];
@@ -405,11 +468,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
     }
     ptx::fence_mbarrier_init();
   }
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(0);
   ptx::griddepcontrol_wait();
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(1);
   stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
   fence_proxy_async_all();  // the ring was scratch until here
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(2);
 
   if (shared.num_chunks == 0) {  // nothing routed: y is the shared part alone
     for (int strip = blockIdx.x; strip < strips2; strip += gridDim.x)
@@ -422,11 +488,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
     stream_load_rows<Traits>(args, shared, ring, full, empty, strips1, strips2);
   else
     stream_math<Traits>(args, shared, ring, full, empty, strips1, strips2);
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(5);
 
   // The last CTA to finish leaves the counters as it found them.
   __syncthreads();
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(6);
   if (threadIdx.x == 0) shared.flag[0] = add_acq_rel(args.exited, 1);
   __syncthreads();
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(7);
   if (shared.flag[0] != gridDim.x - 1) return;
   for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
   for (int i = threadIdx.x; i < strips2; i += Traits::kThreads) args.fc2_done[i] = 0;

@@ -1,19 +1,30 @@
-// Instance and launcher of the tiled tier.
+// Instances and launcher of the tiled tier.
 #include "gpu/launch.h"
 #include "ops/moe/moe_tiled_sm90.cuh"
 
 namespace dsv4::sm90 {
+namespace {
 
-void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream) {
-  const auto kernel = moe_tiled_kernel<>;
-  gpu::allow_smem(kernel, TiledTraits::kSmemBytes);
+template <class T>
+void launch_traits(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream) {
+  gpu::allow_smem(moe_tiled_kernel<T>, T::kSmemBytes);
   gpu::LaunchConfig config;
   config.grid = ctas;
-  config.block = TiledTraits::kThreads;
-  config.smem_bytes = TiledTraits::kSmemBytes;
+  config.block = T::kThreads;
+  config.smem_bytes = T::kSmemBytes;
   config.stream = stream;
   config.dependent = true;
-  gpu::launch(kernel, config, args, phase);
+  gpu::launch(moe_tiled_kernel<T>, config, args, phase);
+}
+
+}  // namespace
+
+void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int tile_rows, int ctas, cudaStream_t stream) {
+  DSV4_GPU_REQUIRE("moe_tiled", tile_rows == kTileRowsSmall || tile_rows == kTileRowsLarge, "tile_rows = %d", tile_rows);
+  if (tile_rows == kTileRowsSmall)
+    launch_traits<TiledTraits<16, 32, kTileRowsSmall>>(args, phase, ctas, stream);
+  else
+    launch_traits<TiledTraits<64, 104, kTileRowsLarge>>(args, phase, ctas, stream);
 }
 
 }  // namespace dsv4::sm90

@@ -1,8 +1,8 @@
 // Tiled tier of the MoE layer on Hopper: fc1 with SwiGLU and fc2 over sorted token rows, one persistent launch.
 //
-// Task = 256 weight rows (4 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
+// Task = 192 weight rows (3 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
 // all of fc1 first, then fc2, which waits for the tile_done counter of its rows: tickets are handed out in order, so what a
-// CTA waits for is always held by a running CTA. Warps: two math warpgroups with two strips each, a warp that draws tickets
+// CTA waits for is always held by a running CTA. Warps: three math warpgroups with one strip each, a warp that draws tickets
 // and copies weights (never waiting for fc1), and one that copies token rows. Weights are decoded in registers and used as the
 // register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8; no decoded weight is ever stored.
 #pragma once
@@ -17,28 +17,31 @@
 
 namespace dsv4::sm90 {
 
+struct TiledTask {
+  int tile, block;  // tile < 0: no more tasks
+  int is_fc2;
+  int expert, first_row, rows, padded;
+};
+
+// kRows..: the three widths a tile can have; the last is the most rows of a tile.
+template <int kRows1_, int kRows2_, int kRows3_>
 struct TiledTraits {
-  static constexpr int kMathWarpgroups = 2, kStripsPerGroup = 2;
-  static constexpr int kStrips = kMathWarpgroups * kStripsPerGroup;  // 256 weight rows a task
-  static constexpr int kThreads = 128 * (kMathWarpgroups + 1);
-  static constexpr int kMathRegisters = 224, kOtherRegisters = 56;
+  static constexpr int kRows1 = kRows1_, kRows2 = kRows2_, kRows3 = kRows3_;
+  static constexpr int kMathWarpgroups = 3;
+  static constexpr int kStrips = kMathWarpgroups;  // one strip each: 192 weight rows a task
+  static constexpr int kThreads = 128 * kMathWarpgroups + 64;
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
-  static constexpr int kRowBytes = kTileRows * 128 * kStageBlocks;
-  static constexpr int kStages = 4;
-  static constexpr int kTaskRing = 2;
+  static constexpr int kRowBytes = kRows3 * 128 * kStageBlocks;
+  static constexpr int kStages = (227 * 1024 - 4096) / (kWeightBytes + kRowBytes) > 8 ? 8 : (227 * 1024 - 4096) / (kWeightBytes + kRowBytes);
+  static constexpr int kTaskRing = 3;
 
-  struct Task {
-    int tile, block;  // tile < 0: no more tasks
-    int is_fc2;
-    int expert, first_row, rows, padded;
-  };
   struct Shared {
     alignas(1024) uint8_t rows[kStages][kRowBytes];
     alignas(128) uint8_t weights[kStages][kWeightBytes];
     uint64_t full[kStages], empty[kStages];
-    Task task[kTaskRing];
+    TiledTask task[kTaskRing];
     uint64_t task_full[kTaskRing], task_empty[kTaskRing];
   };
   static constexpr int kSmemBytes = sizeof(Shared) + 1024;  // the runtime aligns to 16 only
@@ -64,42 +67,25 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return encode_bf16(low).bits | static_cast<uint32_t>(encode_bf16(high).bits) << 16;
 }
 
-using TiledShared = TiledTraits::Shared;
-using TiledTask = TiledTraits::Task;
-
 struct TiledWork {  // what all roles derive from a task
   int blocks, strips, first_strip, num_strips;
   const uint8_t* weights;
 };
+template <class T>
 __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const TiledTask& task) {
   TiledWork work;
   work.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
   work.strips = static_cast<int>(task.is_fc2 ? moe_fc2_strips(args.shape.hidden) : moe_fc1_strips(args.shape.inter));
-  work.first_strip = task.block * TiledTraits::kStrips;
-  work.num_strips = min(TiledTraits::kStrips, work.strips - work.first_strip);
+  work.first_strip = task.block * T::kStrips;
+  work.num_strips = min(T::kStrips, work.strips - work.first_strip);
   work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
                  (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
   return work;
 }
 
-// Next task for a role; every reader of the ring arrives once (a warp: its lane 0).
-template <bool kWarp>
-__device__ __forceinline__ TiledTask tiled_next(TiledShared& shared, TiledRing<TiledTraits::kTaskRing>& at) {
-  spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_full[at.stage], at.phase); }, "moe tiled: a task", 0, 0);
-  const TiledTask task = shared.task[at.stage];
-  if constexpr (kWarp) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.task_empty[at.stage]);
-  } else {
-    ptx::mbarrier_arrive(&shared.task_empty[at.stage]);
-  }
-  at.advance();
-  return task;
-}
-
 // Draws tickets, tells the other roles, and copies the weights.
-__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase) {
-  using T = TiledTraits;
+template <class T>
+__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
   const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
   const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
   const int tiles = *args.routing.num_tiles;
@@ -125,27 +111,39 @@ __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, Til
     task_at.advance();
     if (task.tile < 0) return;
     v = static_cast<int>(atomicAdd(ticket, 1u));  // early: its latency hides behind this task
-    const TiledWork work = tiled_work(args, task);
+    const TiledWork work = tiled_work<T>(args, task);
     for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
-      const uint32_t bytes = min(T::kStageBlocks, work.blocks - block) * kMoeBlockBytes;
       spin_until([&] { return ptx::mbarrier_try_wait(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
-      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], bytes * work.num_strips);
-      for (int strip = 0; strip < work.num_strips; ++strip)
-        ptx::bulk_load(&shared.weights[at.stage][strip * T::kStripStageBytes],
-                       work.weights + (static_cast<int64_t>(strip) * work.blocks + block) * kMoeBlockBytes, bytes, &shared.full[at.stage],
-                       ptx::L2Hint::kEvictFirst);
+      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], T::kStripStageBytes * work.num_strips);
+      const uint8_t* source = work.weights + static_cast<int64_t>(block) * kMoeBlockBytes;
+      uint8_t* target = shared.weights[at.stage];
+      for (int strip = 0; strip < work.num_strips; ++strip) {
+        if (block + 1 < work.blocks) {
+          ptx::bulk_load(target, source, T::kStripStageBytes, &shared.full[at.stage], ptx::L2Hint::kEvictFirst);
+        } else {
+          ptx::bulk_load(target, source, kMoeBlockBytes, &shared.full[at.stage]);
+          ptx::bulk_load(target + kMoeBlockBytes, source, kMoeBlockBytes, &shared.full[at.stage]);
+        }
+        target += T::kStripStageBytes;
+        source += work.blocks * kMoeBlockBytes;
+      }
       at.advance();
     }
   }
 }
 
-__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase) {
-  using T = TiledTraits;
+template <class T>
+__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
   const uint32_t blocks1 = (static_cast<uint32_t>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
-  for (TiledTask task = tiled_next<false>(shared, task_at); task.tile >= 0; task = tiled_next<false>(shared, task_at)) {
-    const TiledWork work = tiled_work(args, task);
+  while (true) {
+    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 0, 0);
+    const TiledTask task = shared.task[task_at.stage];
+    ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    task_at.advance();
+    if (task.tile < 0) return;
+    const TiledWork work = tiled_work<T>(args, task);
     const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
     const uint8_t* source = reinterpret_cast<const uint8_t*>(operand) + static_cast<int64_t>(task.first_row) * work.blocks * 128;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
@@ -153,10 +151,16 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledS
       fence_proxy_async_all();
     }
     for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
-      const uint32_t bytes = min(T::kStageBlocks, work.blocks - block) * task.padded * 128;
+      const uint32_t bytes = task.padded * 128;  // of one block
       spin_until([&] { return ptx::mbarrier_try_wait(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
-      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], bytes);
-      ptx::bulk_load(shared.rows[at.stage], source + static_cast<int64_t>(block) * task.padded * 128, bytes, &shared.full[at.stage]);
+      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], 2 * bytes);
+      if (block + 1 < work.blocks) {
+        ptx::bulk_load(shared.rows[at.stage], source, 2 * bytes, &shared.full[at.stage]);
+      } else {
+        ptx::bulk_load(shared.rows[at.stage], source, bytes, &shared.full[at.stage]);
+        ptx::bulk_load(shared.rows[at.stage] + bytes, source, bytes, &shared.full[at.stage]);
+      }
+      source += 2 * bytes;
       at.advance();
     }
   }
@@ -174,6 +178,8 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
                     static_cast<int64_t>(strip >> 1) * task.padded * 128 + g * 128 + ((chunk ^ g) << 4) + t * 4;
 #pragma unroll
   for (int tile = 0; tile < kN / 8; ++tile) {
+    if (tile * 8 >= task.padded) break;  // the instance may be wider than the tile
+    asm volatile("" ::: "memory");       // one tile at a time: the sums fill the registers
     float h[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -201,6 +207,7 @@ __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const
   bf16* target = args.slot_y + strip * 64 + warp * 16 + 4 * t;
 #pragma unroll
   for (int tile = 0; tile < kN / 8; ++tile) {
+    asm volatile("" ::: "memory");
     float scale[2] = {alpha, alpha};
     if (args.h_global) {
 #pragma unroll
@@ -216,43 +223,40 @@ __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const
   }
 }
 
-template <int kN>
-__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task, const TiledWork& work,
-                                           TiledRing<TiledTraits::kStages>& at) {
-  using T = TiledTraits;
+template <class T, int kN>
+__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
+                                           TiledRing<T::kStages>& at) {
   int tid;  // volatile: keeps addresses of 16 instances from being hoisted, which costs registers and serialises wgmma
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
   const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
-  float sum[2][kN / 2];
+  float sum[kN / 2];
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int i = 0; i < kN / 2; ++i) sum[m][i] = 0.0f;
-  uint32_t a[2][4][4];
+  for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
+  uint32_t a[2][2][4];  // half a block each: one is decoded while the tensor cores work on the other
   int previous = -1;
-  for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", task.tile, block);
-    const uint32_t weights = ptx::smem_address(shared.weights[at.stage]) + group * 2 * T::kStripStageBytes;
+  const uint32_t second = task.padded * 8;  // the stage's second block of token rows, in descriptor units of 16 bytes
+#pragma unroll 1
+  for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
+    spin_until([&] { return ptx::mbarrier_try_wait(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
+    const uint32_t weights = ptx::smem_address(shared.weights[at.stage]) + group * T::kStripStageBytes;
     const uint64_t rows = wgmma_descriptor(ptx::smem_address(shared.rows[at.stage]));
 #pragma unroll
     for (int k = 0; k < T::kStageBlocks; ++k) {
-      if (k < work.blocks - block) {
+      uint4 codes;
+      load_shared_16(codes, weights + k * kMoeBlockBytes + thread * 16);
+      const uint32_t scales = load_shared_u16(weights + k * kMoeBlockBytes + kMoeBlockCodeBytes + thread * 2);
+      // An odd last block stands twice in its stage; the second time with zero scales. No branch: wgmma is in flight.
+      const uint32_t sf_low = k < left ? decode_sf<0>(scales) : 0, sf_high = k < left ? decode_sf<1>(scales) : 0;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          uint4 codes;
-          const uint32_t base = weights + m * T::kStripStageBytes + k * kMoeBlockBytes;
-          load_shared_16(codes, base + thread * 16);
-          const uint32_t scales = load_shared_u16(base + kMoeBlockCodeBytes + thread * 2);
-          decode_block(codes, scales, a[m]);
-          wgmma_fence();
+      for (int half = 0; half < 2; ++half) {
+        decode_half_block(half ? codes.y : codes.x, half ? codes.w : codes.z, sf_low, sf_high, a[half]);
+        wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 4; ++step) Wgmma<kN>::mma(sum[m], a[m][step], rows + (k * kN * 128 + step * 32) / 16);
-          wgmma_commit();
-          wgmma_wait<1>();  // the other strip's step is done: its fragments may be rewritten
-          if (k == 0 && m == 0 && previous >= 0) {
-            if (lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
-          }
-        }
+        for (int step = 0; step < 2; ++step)
+          Wgmma<kN>::mma(sum, a[half][step], rows + (k ? second : 0) + (2 * half + step) * 2);
+        wgmma_commit();
+        wgmma_wait<1>();  // the other half's fragments may be rewritten
+        if (k == 0 && half == 0 && previous >= 0 && lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
       }
     }
     previous = at.stage;
@@ -260,51 +264,47 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, TiledShared
   }
   wgmma_wait<0>();
   if (lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    const int local = group * 2 + m;
-    if (local < work.num_strips) {
-      if (task.is_fc2)
-        tiled_finish_fc2<kN>(args, task, work.first_strip + local, sum[m], warp, lane);
-      else
-        tiled_finish_fc1<kN>(args, task, work.first_strip + local, sum[m], warp, lane);
-    }
+  const TiledWork work = tiled_work<T>(args, task);
+  if (group < work.num_strips) {
+    if (task.is_fc2)
+      tiled_finish_fc2<kN>(args, task, work.first_strip + group, sum, warp, lane);
+    else
+      tiled_finish_fc1<kN>(args, task, work.first_strip + group, sum, warp, lane);
   }
 }
 
-__device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, TiledShared& shared) {
-  using T = TiledTraits;
+template <class T>
+__device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T::Shared& shared) {
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
-  for (TiledTask task = tiled_next<true>(shared, task_at); task.tile >= 0; task = tiled_next<true>(shared, task_at)) {
-    const TiledWork work = tiled_work(args, task);
-    // Compared one by one through an opaque copy: a jump table makes ptxas serialise every wgmma of the kernel (C7512).
-    const auto rows_are = [&](int rows) {
-      int n;
-      asm volatile("mov.u32 %0, %1;" : "=r"(n) : "r"(task.padded));
-      return n == rows;
-    };
-    if (false) {
-    }
-#define DSV4_MOE_TILE(n) else if (rows_are(8 * n)) tiled_task<8 * n>(args, shared, task, work, at);
-      DSV4_MOE_TILE(1) DSV4_MOE_TILE(2) DSV4_MOE_TILE(3) DSV4_MOE_TILE(4) DSV4_MOE_TILE(5) DSV4_MOE_TILE(6) DSV4_MOE_TILE(7)
-      DSV4_MOE_TILE(8) DSV4_MOE_TILE(9) DSV4_MOE_TILE(10) DSV4_MOE_TILE(11) DSV4_MOE_TILE(12) DSV4_MOE_TILE(13) DSV4_MOE_TILE(14)
-      DSV4_MOE_TILE(15) DSV4_MOE_TILE(16)
-#undef DSV4_MOE_TILE
+  while (true) {
+    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
+    const TiledTask& task = shared.task[task_at.stage];  // stays in shared memory: registers are for sums
+    if (task.tile < 0) return;
+    // Three widths and not sixteen: with more instances in one kernel ptxas serialises every wgmma (C7512, misreported as a
+    // shortage of registers).
+    if (task.padded <= T::kRows1)
+      tiled_task<T, T::kRows1>(args, shared, task, at);
+    else if (task.padded <= T::kRows2)
+      tiled_task<T, T::kRows2>(args, shared, task, at);
+    else
+      tiled_task<T, T::kRows3>(args, shared, task, at);
     if (!task.is_fc2) {
       fence_proxy_async_all();  // h: ordinary stores here, copy engine there
       ptx::named_barrier_sync(1, 128 * T::kMathWarpgroups);
       if (threadIdx.x == 0) add_release(&args.routing.tile_done[task.tile], 1);
     }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    task_at.advance();
   }
 }
 
-template <int kUnused = 0>
-__global__ void __launch_bounds__(TiledTraits::kThreads, 1)
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
     moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
-  using T = TiledTraits;
   extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<TiledShared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  auto& shared = *reinterpret_cast<typename T::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 2);                       // weights and rows
@@ -320,12 +320,10 @@ __global__ void __launch_bounds__(TiledTraits::kThreads, 1)
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x >= 128 * T::kMathWarpgroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kOtherRegisters));
-    if (threadIdx.x == 128 * T::kMathWarpgroups) tiled_load_weights(args, shared, phase);
-    if (threadIdx.x == 128 * T::kMathWarpgroups + 32) tiled_load_rows(args, shared, phase);
+    if (threadIdx.x == 128 * T::kMathWarpgroups) tiled_load_weights<T>(args, shared, phase);
+    if (threadIdx.x == 128 * T::kMathWarpgroups + 32) tiled_load_rows<T>(args, shared, phase);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
-    tiled_math(args, shared);
+    tiled_math<T>(args, shared);
   }
 }
 

@@ -1,0 +1,93 @@
+// Checks, workspace pointers, and the launches of a plan.
+#include "ops/moe/moe_gpu.h"
+
+#include "gpu/check.h"
+#include "ops/moe/moe_workspace.h"
+
+namespace dsv4 {
+namespace {
+
+template <class T>
+T* at(const MoeGpuArgs& args, int64_t offset) {
+  return reinterpret_cast<T*>(static_cast<char*>(args.workspace) + offset);
+}
+
+void run_stream(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
+  sm90::MoeStreamArgs s{};
+  s.experts = args.experts;
+  s.shape = args.shape;
+  s.x = args.x;
+  s.topk_idx = args.topk_idx;
+  s.topk_weights = args.topk_weights;
+  s.shared_y = args.shared_y;
+  s.y = args.y;
+  s.h = at<bf16>(args, layout.h);
+  s.slot_y = at<bf16>(args, layout.slot_y);
+  s.fc1_done = at<uint32_t>(args, layout.fc1_done);
+  s.fc2_done = at<uint32_t>(args, layout.fc2_done);
+  s.exited = at<uint32_t>(args, layout.exited);
+  s.num_tokens = static_cast<int>(args.num_tokens);
+  s.swiglu_limit = args.swiglu_limit;
+  sm90::launch_moe_stream(s, plan.max_rows, plan.ctas, stream);
+}
+
+void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
+  sm90::MoeRouting routing{at<sm90::MoeTile>(args, layout.tiles), at<int32_t>(args, layout.num_tiles), at<int32_t>(args, layout.row_slot),
+                           at<int32_t>(args, layout.slot_row), at<uint32_t>(args, layout.ticket), at<uint32_t>(args, layout.tile_done)};
+  sm90::MoeTiledArgs t{};
+  t.experts = args.experts;
+  t.shape = args.shape;
+  t.routing = routing;
+  t.topk_weights = args.topk_weights;
+  t.x_rows = at<bf16>(args, layout.x_rows);
+  t.h_rows = at<bf16>(args, layout.h);
+  t.slot_y = at<bf16>(args, layout.slot_y);
+  t.swiglu_limit = args.swiglu_limit;
+  sm90::launch_moe_route(args.shape, args.topk_idx, args.num_tokens, plan.tile_rows, routing, stream);
+  if (args.act == ActFormat::kNvfp4) {
+    float* x_global = at<float>(args, layout.x_global);
+    float* h_global = at<float>(args, layout.h_global);
+    t.x_global = x_global;
+    t.h_global = h_global;
+    t.h_wide = at<float>(args, layout.h_wide);
+    sm90::launch_moe_gather_nvfp4(args.shape, routing, args.x, at<bf16>(args, layout.x_rows), x_global, stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc1, plan.tile_rows, plan.ctas, stream);
+    sm90::launch_moe_requantize(args.shape, routing, t.h_wide, t.h_rows, h_global, stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc2, plan.tile_rows, plan.ctas, stream);
+  } else {
+    sm90::launch_moe_gather(args.shape, routing, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kBoth, plan.tile_rows, plan.ctas, stream);
+  }
+  sm90::launch_moe_combine(args.shape, args.topk_idx, t.slot_y, args.shared_y, args.num_tokens, args.y, stream);
+}
+
+}  // namespace
+
+void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream) {
+  DSV4_CUDA(cudaMemsetAsync(workspace, 0, static_cast<size_t>(layout_moe_workspace(input, MoeTier::kStream).counter_bytes), stream));
+}
+
+void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
+  if (args.num_tokens == 0) return;
+  MoePlanInput input;
+  input.num_tokens = args.num_tokens;
+  input.hidden = args.shape.hidden;
+  input.inter = args.shape.inter;
+  input.num_experts = args.shape.num_experts;
+  input.num_topk = args.shape.num_topk;
+  input.act = args.act;
+  const MoeWorkspace layout = layout_moe_workspace(input, plan.tier);
+  DSV4_GPU_REQUIRE("moe", args.workspace_bytes >= layout.bytes, "workspace of %lld bytes, %lld needed for %lld tokens",
+                   static_cast<long long>(args.workspace_bytes), static_cast<long long>(layout.bytes),
+                   static_cast<long long>(args.num_tokens));
+  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16, "the streaming tier is a16 only (%d)",
+                   static_cast<int>(args.act));
+  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.num_tokens * args.shape.num_topk <= sm90::kStreamMaxSlots,
+                   "%lld tokens in the streaming tier", static_cast<long long>(args.num_tokens));
+  if (plan.tier == MoeTier::kStream)
+    run_stream(args, plan, layout, stream);
+  else
+    run_tiled(args, plan, layout, stream);
+}
+
+}  // namespace dsv4

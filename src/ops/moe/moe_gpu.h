@@ -1,0 +1,37 @@
+// moe on a Hopper GPU: the contract of moe.h with device pointers and BF16 activations.
+//
+// Differences from moe.h: x and y are BF16; the shared expert's output is an input (its FP8 GEMMs run elsewhere); exact mode
+// does not exist here. Weights: pack_moe_expert (moe_pack_sm90.h). No call synchronises with the host; every call can be
+// captured in a graph. Same inputs give the same bits. In a4 sums run in the order of the tensor core, not of the contract.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ops/moe/moe_plan.h"
+#include "ops/moe/moe_sm90.h"
+
+namespace dsv4 {
+
+struct MoeGpuArgs {
+  sm90::MoeExperts experts;
+  sm90::MoeShape shape;
+  const bf16* x;               // [num_tokens, hidden]
+  const int32_t* topk_idx;     // [num_tokens, num_topk]  expert id; negative or >= num_experts: slot unused
+  const float* topk_weights;   // [num_tokens, num_topk]
+  const bf16* shared_y;        // [num_tokens, hidden] the shared expert's output, or nullptr
+  bf16* y;                     // [num_tokens, hidden]    must not alias x
+  int64_t num_tokens;          // 0 is legal
+  float swiglu_limit;
+  ActFormat act;
+  void* workspace;             // at least plan.workspace_bytes, 256-byte aligned
+  int64_t workspace_bytes;
+};
+
+// Once after allocating a workspace; calls leave it ready for the next, of any plan with the same hidden.
+void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream);
+
+void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream);
+
+}  // namespace dsv4
