@@ -63,12 +63,6 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
-// a * b + c clamped to [0, 1]; NaN -> 0.
-__device__ __forceinline__ float fma_saturate(float a, float b, float c) {
-  float result;
-  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
-  return result;
-}
 // Larger of the two; NaN if either is.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float result;
@@ -85,6 +79,13 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 __device__ __forceinline__ float rcp_approx(float x) {
   float result;
   asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// 2^x within 2 ulp; results below 2^-126 become 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

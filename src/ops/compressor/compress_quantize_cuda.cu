@@ -1,6 +1,4 @@
 // compress_quantize: a thread pools eight slots of four channels; slot groups, then CTAs of a cluster, are merged in shared memory.
-#include <cmath>
-
 #include "gpu/launch.h"
 #include "gpu/ptx/sync.cuh"
 #include "ops/compressor/compressor_gpu.h"
@@ -15,8 +13,9 @@ struct Traits {
   static constexpr CompressorTraits kShape = compressor_traits(kKind);
   static constexpr bool kOverlap = kKind != CompressorKind::kHca;
   static constexpr int kSlots = kOverlap ? 2 * kShape.ratio : kShape.ratio;
-  static constexpr int kSlotsPerThread = 8;
-  static constexpr int kGroups = kSlots / kSlotsPerThread;                      // 1, HCA 16
+  static constexpr int kBatch = 8;                                              // slots a thread loads at once
+  static constexpr int kSlotsPerThread = kOverlap ? 8 : 16;
+  static constexpr int kGroups = kSlots / kSlotsPerThread;                      // 1, HCA 8
   static constexpr int kClusterCtas = kKind == CompressorKind::kHca ? 8 : 1;
   static constexpr int kChannels = kShape.dim / kClusterCtas;                   // of one CTA
   static constexpr int kLanes = kChannels / 4;                                  // threads across the channels
@@ -66,46 +65,59 @@ __device__ __forceinline__ void store_token(const CompressCommon& args, const Wi
   }
 }
 
+// e^(x - max) for x <= max, by the hardware's 2^x (2 ulp, nothing below 2^-126 counts); 0 when x is -inf.
+__device__ __forceinline__ float exp_below(float x, float max) { return x == -INFINITY ? 0.0f : ptx::exp2_approx((x - max) * 1.44269504f); }
+
+// Value and gate of a slot of the window that ends before window_end.
+template <class T>
+__device__ __forceinline__ void load_slot(const CompressCommon& args, const Window& window, int64_t window_end, int slot, int channel, Float4& value, Float4& gate) {
+  const int64_t position = window_end - T::kSlots + slot;
+  const int c = channel + (T::kOverlap && slot >= T::kShape.ratio ? T::kShape.dim : 0);
+  if (position >= window.first_fresh) {
+    const int64_t at = (position - window.first_fresh) * T::kShape.width + c;
+    value = load4(window.value + at);
+    gate = load4(window.gate + at);
+    const Float4 bias = load4(args.ape + static_cast<uint32_t>(position) % T::kShape.ratio * T::kShape.width + c);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) gate.v[i] += bias.v[i];
+  } else if (position >= 0) {
+    const int64_t at = static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width + c;
+    value = load4(window.state_value + at);
+    gate = load4(window.state_gate + at);
+  } else {  // before the sequence: vanishes
+    value = {};
+    gate = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+  }
+}
+
 // Softmax pooling of the window's slots for this thread's four channels; the result is in the threads of slot group 0.
 template <class T>
 __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared) {
   const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
   const int channel = first_channel + lane * 4;
   const int64_t window_end = window.position + 1;
-  Float4 gates[T::kSlotsPerThread], values[T::kSlotsPerThread];
+  Float4 max = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}}, sum = {}, weighted = {};
+#pragma unroll 1
+  for (int first = group * T::kSlotsPerThread; first < (group + 1) * T::kSlotsPerThread; first += T::kBatch) {
+    Float4 gates[T::kBatch], values[T::kBatch];
 #pragma unroll
-  for (int j = 0; j < T::kSlotsPerThread; ++j) {
-    const int slot = group * T::kSlotsPerThread + j;
-    const int64_t position = window_end - T::kSlots + slot;
-    const int c = channel + (T::kOverlap && slot >= T::kShape.ratio ? T::kShape.dim : 0);
-    if (position >= window.first_fresh) {
-      const int64_t at = (position - window.first_fresh) * T::kShape.width + c;
-      values[j] = load4(window.value + at);
-      gates[j] = load4(window.gate + at);
-      const Float4 bias = load4(args.ape + position % T::kShape.ratio * T::kShape.width + c);
+    for (int j = 0; j < T::kBatch; ++j) load_slot<T>(args, window, window_end, first + j, channel, values[j], gates[j]);
+    Float4 new_max = max;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) gates[j].v[i] += bias.v[i];
-    } else if (position >= 0) {
-      const int64_t at = position % T::kShape.state_rows * T::kShape.width + c;
-      values[j] = load4(window.state_value + at);
-      gates[j] = load4(window.state_gate + at);
-    } else {  // before the sequence: vanishes
-      values[j] = {};
-      gates[j] = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < T::kBatch; ++j) new_max.v[i] = fmaxf(new_max.v[i], gates[j].v[i]);
+      const float factor = exp_below(max.v[i], new_max.v[i]);
+      sum.v[i] *= factor;
+      weighted.v[i] *= factor;
+#pragma unroll
+      for (int j = 0; j < T::kBatch; ++j) {
+        const float e = exp_below(gates[j].v[i], new_max.v[i]);
+        sum.v[i] += e;
+        weighted.v[i] = __fmaf_rn(e, values[j].v[i], weighted.v[i]);
+      }
     }
-  }
-  Float4 max, sum = {}, weighted = {};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    max.v[i] = gates[0].v[i];
-#pragma unroll
-    for (int j = 1; j < T::kSlotsPerThread; ++j) max.v[i] = fmaxf(max.v[i], gates[j].v[i]);
-#pragma unroll
-    for (int j = 0; j < T::kSlotsPerThread; ++j) {
-      const float e = max.v[i] == -INFINITY ? 0.0f : expf(gates[j].v[i] - max.v[i]);
-      sum.v[i] += e;
-      weighted.v[i] = __fmaf_rn(e, values[j].v[i], weighted.v[i]);
-    }
+    max = new_max;
   }
   if constexpr (T::kGroups > 1) {
     store4(reinterpret_cast<float*>(&shared.max[group][lane]), max);
@@ -122,7 +134,7 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float m = reinterpret_cast<const float*>(&shared.max[g][lane])[i];
-          const float factor = m == -INFINITY ? 0.0f : expf(m - total.v[i]);
+          const float factor = exp_below(m, total.v[i]);
           s.v[i] = __fmaf_rn(reinterpret_cast<const float*>(&shared.sum[g][lane])[i], factor, s.v[i]);
           w.v[i] = __fmaf_rn(reinterpret_cast<const float*>(&shared.weighted[g][lane])[i], factor, w.v[i]);
         }
@@ -130,13 +142,32 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) weighted.v[i] = weighted.v[i] / sum.v[i];
+  for (int i = 0; i < 4; ++i) weighted.v[i] *= ptx::rcp_approx(sum.v[i]);
   return weighted;
+}
+
+// What finish() needs from memory, fetched before the pooling waits for the state.
+struct FinishOperands {
+  uint2 weight;
+  float2 cos, sin;
+};
+template <class T>
+__device__ __forceinline__ FinishOperands fetch_finish_operands(const CompressCommon& args, const Window& window, int first_channel) {
+  FinishOperands operands{};
+  if (threadIdx.x >= T::kLanes) return operands;
+  const int channel = first_channel + 4 * static_cast<int>(threadIdx.x), rope_channel = channel - (T::kShape.dim - kKvRopeDim);
+  operands.weight = __ldg(reinterpret_cast<const uint2*>(args.norm_weight + channel));
+  if (rope_channel >= 0) {
+    const float* cosines = args.cos_sin + int64_t{window.rope_row} * kKvRopeDim + rope_channel / 2;
+    operands.cos = *reinterpret_cast<const float2*>(cosines);
+    operands.sin = *reinterpret_cast<const float2*>(cosines + kKvRopeDim / 2);
+  }
+  return operands;
 }
 
 // Norm, rotation and rounding of the pooled channels; the row ends up in the first CTA's shared.row.
 template <class T>
-__device__ __forceinline__ void finish(const CompressCommon& args, const Window& window, int first_channel, Float4 x, typename T::SharedStorage& shared) {
+__device__ __forceinline__ void finish(const CompressCommon& args, const FinishOperands& operands, int first_channel, Float4 x, typename T::SharedStorage& shared) {
   const uint32_t rank = T::kClusterCtas > 1 ? ptx::cluster_cta_rank() : 0;
   const bool active = threadIdx.x < T::kLanes;
 #pragma unroll
@@ -167,16 +198,16 @@ __device__ __forceinline__ void finish(const CompressCommon& args, const Window&
   if (active) {
     const float factor = __frcp_rn(__fsqrt_rn(static_cast<float>(total) / static_cast<float>(T::kShape.dim) + args.rms_eps));
     const int channel = first_channel + 4 * static_cast<int>(threadIdx.x);
-    const uint2 weight = *reinterpret_cast<const uint2*>(args.norm_weight + channel);
+    const uint2 weight = operands.weight;
     const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y), ptx::high_bf16(weight.y)};
 #pragma unroll
     for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(w[i] * (x.v[i] * factor));
     const int rope_channel = channel - (T::kShape.dim - kKvRopeDim);
     if (rope_channel >= 0) {
-      const float* cosines = args.cos_sin + int64_t{window.rope_row} * kKvRopeDim + rope_channel / 2;
+      const float cosines[2] = {operands.cos.x, operands.cos.y}, sines[2] = {operands.sin.x, operands.sin.y};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float cos = cosines[i], sin = cosines[kKvRopeDim / 2 + i], even = x.v[2 * i], odd = x.v[2 * i + 1];
+        const float cos = cosines[i], sin = sines[i], even = x.v[2 * i], odd = x.v[2 * i + 1];
         x.v[2 * i] = round_bf16(even * cos - odd * sin);
         x.v[2 * i + 1] = round_bf16(even * sin + odd * cos);
       }
@@ -211,28 +242,31 @@ __device__ __forceinline__ void hadamard128(float (&x)[4]) {
 }
 
 template <class T>
-__device__ __forceinline__ void write_row(const CompressCommon& args, int32_t slot, typename T::SharedStorage& shared) {
+__device__ __forceinline__ void write_row(const CompressCommon& args, const RowAddress& address, int32_t slot, typename T::SharedStorage& shared) {
   if (threadIdx.x >= 32 || (T::kClusterCtas > 1 && ptx::cluster_cta_rank() != 0)) return;
   if (slot < 0 || slot >= args.pages.num_rows) return;
   const uint32_t lane = threadIdx.x;
   if constexpr (T::kKind == CompressorKind::kIndexer) {
     float x[4] = {shared.row[4 * lane], shared.row[4 * lane + 1], shared.row[4 * lane + 2], shared.row[4 * lane + 3]};
     if (args.index_format != IndexFormat::kBf16) hadamard128(x);
-    write_index_key(args.pages, args.index_format, slot, x);
+    write_index_key(address, args.index_format, x);
   } else {
     float x[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = shared.row[16 * lane + i];
-    write_kv_row(args.pages, args.kv_format, slot, x);
+    write_kv_row(address, args.kv_format, x);
   }
 }
 
 template <class T>
 __device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared) {
   if constexpr (T::kClusterCtas > 1) ptx::cluster_arrive();
+  const FinishOperands operands = fetch_finish_operands<T>(args, window, first_channel);
+  const RowAddress address =
+      row_address(args.pages, T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format), window.slot);
   const Float4 pooled = pool<T>(args, window, first_channel, shared);
-  finish<T>(args, window, first_channel, pooled, shared);
-  write_row<T>(args, window.slot, shared);
+  finish<T>(args, operands, first_channel, pooled, shared);
+  write_row<T>(args, address, window.slot, shared);
 }
 
 template <class T>
@@ -245,6 +279,8 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
   const int64_t state = int64_t{args.states[token]} * T::kShape.state_rows * T::kShape.width;
   Window window{};
   window.position = args.positions[token];
+  window.rope_row = args.rope_rows[token];
+  window.slot = args.slots[token];
   window.first_fresh = window.position;  // this token itself is read from the projections, not back from the state
   window.value = common.value + int64_t{token} * T::kShape.width;
   window.gate = common.gate + int64_t{token} * T::kShape.width;
@@ -252,8 +288,6 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
   window.state_gate = common.state_gate + state;
   store_token<T>(common, window, window.position, first_channel, static_cast<int>(threadIdx.x), T::kThreads);
   if ((window.position + 1) % T::kShape.ratio != 0) return;  // the whole cluster
-  window.rope_row = args.rope_rows[token];
-  window.slot = args.slots[token];
   emit<T>(common, window, first_channel, shared);
 }
 

@@ -33,6 +33,7 @@ struct Traits {
     double cluster_squares[kMaxCluster][kTokens];
     float warp_amax[kComputeWarps][kTokens];
     float cluster_amax[kMaxCluster][kTokens];
+    float coefficients[kTokens][kStreams + kStreams * kStreams];
     float pre[kTokens][kStreams];
     float logits[kTokens][kStreams * kStreams];
   };
@@ -40,20 +41,19 @@ struct Traits {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// v[i] of all lanes summed; lane l returns the sum of v[l]. 31 exchanges instead of 160.
-__device__ __forceinline__ float transpose_sum(float (&v)[32]) {
-  const uint32_t lane = threadIdx.x % 32;
+// v[i] of all lanes summed; lane l returns the sum of v[l]. 31 exchanges instead of 160. Recursive, so that every index is a constant.
+template <int kStep>
+__device__ __forceinline__ float transpose_sum(float* v) {
+  const bool upper = threadIdx.x & kStep;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < step; ++i) {
-      const float sent = upper ? v[i] : v[i + step];
-      const float kept = upper ? v[i + step] : v[i];
-      v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, step);
-    }
+  for (int i = 0; i < kStep; ++i) {
+    const float sent = upper ? v[i] : v[i + kStep], kept = upper ? v[i + kStep] : v[i];
+    v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kStep);
   }
-  return v[0];
+  if constexpr (kStep > 1)
+    return transpose_sum<kStep / 2>(v);
+  else
+    return v[0];
 }
 
 template <class T>
@@ -67,43 +67,51 @@ __device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, uint32_
   ptx::async_copy_commit();
 }
 
-// New streams of one token, in registers and (with a sub-layer output) in memory. Absent tokens give zeros.
+// New streams of the tile's tokens, in registers and (with a sub-layer output) in memory. Absent tokens give zeros. Everything is
+// loaded before the first store: stores may alias the loads, so that the compiler would not hoist one above the other.
 template <class T>
-__device__ __forceinline__ void spread(const HcBoundaryArgs& args, int64_t token, uint32_t rank, float (&x)[kStreams][T::kPer]) {
-  if (token >= args.num_tokens) {
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-      for (int c = 0; c < T::kPer; ++c) x[j][c] = 0.0f;
-    return;
-  }
+__device__ __forceinline__ void spread(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, float (&x)[T::kTokens][kStreams][T::kPer],
+                                       typename T::SharedStorage& shared) {
   const int64_t channel = rank * T::kChannels + threadIdx.x;
-  float old[kStreams][T::kPer];
+  constexpr int kCoefficients = kStreams + kStreams * kStreams;
+  float out[T::kTokens][T::kPer];
 #pragma unroll
-  for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-    for (int c = 0; c < T::kPer; ++c) old[j][c] = decode_bf16(args.streams[(token * kStreams + j) * args.hidden + channel + c * kComputeThreads]);
-  if (!args.sublayer_out) {
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-      for (int c = 0; c < T::kPer; ++c) x[j][c] = old[j][c];
-    return;
-  }
-  float out[T::kPer];
-#pragma unroll
-  for (int c = 0; c < T::kPer; ++c) out[c] = decode_bf16(args.sublayer_out[token * args.hidden + channel + c * kComputeThreads]);
-#pragma unroll
-  for (int k = 0; k < kStreams; ++k) {
-    const float post = args.post[token * kStreams + k];
+  for (int t = 0; t < T::kTokens; ++t) {
+    const int64_t token = first_token + t;
+    const bool valid = token < args.num_tokens;
 #pragma unroll
     for (int c = 0; c < T::kPer; ++c) {
-      float sum = post * out[c];
 #pragma unroll
-      for (int j = 0; j < kStreams; ++j) sum = __fmaf_rn(args.comb[(token * kStreams + j) * kStreams + k], old[j][c], sum);
-      const bf16 rounded = encode_bf16(sum);
-      args.streams_out[(token * kStreams + k) * args.hidden + channel + c * kComputeThreads] = rounded;
-      x[k][c] = decode_bf16(rounded);
+      for (int j = 0; j < kStreams; ++j)
+        x[t][j][c] = valid ? decode_bf16(args.streams[(token * kStreams + j) * args.hidden + channel + c * kComputeThreads]) : 0.0f;
+      out[t][c] = valid && args.sublayer_out ? decode_bf16(args.sublayer_out[token * args.hidden + channel + c * kComputeThreads]) : 0.0f;
+    }
+  }
+  if (!args.sublayer_out) return;
+  for (int i = static_cast<int>(threadIdx.x); i < T::kTokens * kCoefficients; i += kComputeThreads) {
+    const int64_t token = first_token + i / kCoefficients;
+    const int which = i % kCoefficients;
+    if (token < args.num_tokens)
+      shared.coefficients[i / kCoefficients][which] = which < kStreams ? args.post[token * kStreams + which] : args.comb[token * kStreams * kStreams + which - kStreams];
+  }
+  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+#pragma unroll
+  for (int t = 0; t < T::kTokens; ++t) {
+    if (first_token + t >= args.num_tokens) continue;
+#pragma unroll
+    for (int c = 0; c < T::kPer; ++c) {
+      float fresh[kStreams];
+#pragma unroll
+      for (int k = 0; k < kStreams; ++k) {
+        float sum = shared.coefficients[t][k] * out[t][c];
+#pragma unroll
+        for (int j = 0; j < kStreams; ++j) sum = __fmaf_rn(shared.coefficients[t][kStreams + kStreams * j + k], x[t][j][c], sum);
+        const bf16 rounded = encode_bf16(sum);
+        args.streams_out[((first_token + t) * kStreams + k) * args.hidden + channel + c * kComputeThreads] = rounded;
+        fresh[k] = decode_bf16(rounded);
+      }
+#pragma unroll
+      for (int k = 0; k < kStreams; ++k) x[t][k][c] = fresh[k];
     }
   }
 }
@@ -202,7 +210,7 @@ __device__ __forceinline__ void mix(const float (&x)[T::kTokens][kStreams][T::kP
     for (int j = 0; j < kStreams; ++j)
 #pragma unroll
       for (int c = 0; c < T::kPer; ++c) sums[t][kSquareLane] = __fmaf_rn(x[t][j][c], x[t][j][c], sums[t][kSquareLane]);
-    shared.warp_sums[warp][t][lane] = transpose_sum(sums[t]);
+    shared.warp_sums[warp][t][lane] = transpose_sum<16>(sums[t]);
   }
   ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
 #pragma unroll
@@ -295,8 +303,7 @@ template <class T>
 __device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster, bool first,
                                          typename T::SharedStorage& shared) {
   float x[T::kTokens][kStreams][T::kPer];
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) spread<T>(args, first_token + t, rank, x[t]);
+  spread<T>(args, first_token, rank, x, shared);
   if (first) {  // weights have arrived, and every CTA of the cluster runs
     ptx::async_copy_wait<0>();
     __syncthreads();
@@ -360,7 +367,7 @@ __device__ __forceinline__ void run_tile_ninth_warp(const HcBoundaryArgs& args, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, uint32_t cluster) {
+__global__ void __launch_bounds__(kThreads, T::kPer == 1 ? 2 : 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, uint32_t cluster) {
   extern __shared__ __align__(16) uint8_t storage[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
   ptx::cluster_arrive();
@@ -411,11 +418,11 @@ void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& con
   DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
   if (args.num_tokens == 0) return;
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
-  const bool many = args.num_tokens > 16;
+  const bool many = args.num_tokens > 4;  // two tokens a tile halve the reads of the weights
   if (args.head)
     narrow ? run<Traits<4, 1, 1>>(args, shape, context) : run<Traits<4, 1, 2>>(args, shape, context);
   else if (many)
-    narrow ? run<Traits<24, 4, 1>>(args, shape, context) : run<Traits<24, 4, 2>>(args, shape, context);
+    narrow ? run<Traits<24, 2, 1>>(args, shape, context) : run<Traits<24, 2, 2>>(args, shape, context);
   else
     narrow ? run<Traits<24, 1, 1>>(args, shape, context) : run<Traits<24, 1, 2>>(args, shape, context);
 }

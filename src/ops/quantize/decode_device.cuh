@@ -32,16 +32,21 @@ __device__ __forceinline__ uint32_t decode_ue4m3_bf16x2(uint32_t code) {
   return code == 0x7fu ? 0x7fc07fc0u : ptx::mul_bf16x2(code * 0x00100010u, kBf16x2TwoPow120);
 }
 
-// e2m1 * sf of one 16-group, exact: eight bf16 pairs in order.
+// e2m1 * sf, exact: bf16 pairs in order. scale: decode_ue4m3_bf16x2(sf).
+__device__ __forceinline__ void decode_nvfp4x8(uint32_t codes, uint32_t scale, uint32_t (&pairs)[4]) {
+  place_e2m1x8(codes, pairs);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pairs[i] = ptx::mul_bf16x2(ptx::mul_bf16x2(pairs[i], kBf16x2TwoPow126), scale);
+}
 __device__ __forceinline__ void decode_nvfp4x16(uint2 codes, uint32_t sf, uint32_t (&pairs)[8]) {
   const uint32_t scale = decode_ue4m3_bf16x2(sf);
   uint32_t half[4];
+  decode_nvfp4x8(codes.x, scale, half);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    place_e2m1x8(h ? codes.y : codes.x, half);
+  for (int i = 0; i < 4; ++i) pairs[i] = half[i];
+  decode_nvfp4x8(codes.y, scale, half);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[4 * h + i] = ptx::mul_bf16x2(ptx::mul_bf16x2(half[i], kBf16x2TwoPow126), scale);
-  }
+  for (int i = 0; i < 4; ++i) pairs[4 + i] = half[i];
 }
 
 // Four e4m3 times a binary32 scale, rounded once to bf16. NaN codes give NaN.

@@ -1,5 +1,7 @@
-// dequantize_rows (dense, or gathered by index) and dequantize_fp8_blocks. A lane decodes one 16-group of NVFP4: 8 bytes of codes
-// and a scale in, two (binary32: four) pieces of 16 bytes out, exchanged between neighbours so that stores fill whole sectors.
+// dequantize_rows (dense, or gathered by index) and dequantize_fp8_blocks. A lane decodes a 16-group of NVFP4 (for binary32 half
+// of one): two pieces of 16 bytes out, exchanged between neighbours so that stores fill whole sectors.
+#include <type_traits>
+
 #include "gpu/fast_div.h"
 #include "gpu/launch.h"
 #include "gpu/ptx/copy.cuh"
@@ -12,7 +14,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // groups in flight
+constexpr int kUnroll = 2;  // groups in flight
 
 struct Shape {
   uint32_t num_vecs, vecs_per_row;
@@ -21,17 +23,19 @@ struct Shape {
 
 template <bool kF32, int kVecs>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeArgs args, const Shape shape) {
+  using Codes = std::conditional_t<kF32, uint32_t, uint2>;  // of one lane: 8 or 16 elements
+  constexpr int kLanesPerGroup = kF32 ? 2 : 1;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const uint32_t first = blockIdx.x * (kVecs * kThreads) + threadIdx.x;
-  uint2 codes[kVecs];
+  Codes codes[kVecs];
   uint32_t sfs[kVecs];
   const float global = args.global_mode == GlobalMode::kGiven ? args.global[0] : 1.0f;
   float globals[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t v = first + i * kThreads;
-    codes[i] = {0, 0}, sfs[i] = 0, globals[i] = global;
+    codes[i] = {}, sfs[i] = 0, globals[i] = global;
     if (v >= shape.num_vecs) continue;
     int64_t row = 0, at = v;
     uint32_t vec = 0;
@@ -47,34 +51,32 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
       }
       at = row * shape.vecs_per_row + vec;
     }
-    codes[i] = __ldg(reinterpret_cast<const uint2*>(args.codes) + at);
-    sfs[i] = __ldg(args.sf + (args.sf_layout == SfLayout::kLinear ? at : sf_offset_128x4(row, vec, shape.vecs_per_row))) & 0x7fu;
+    codes[i] = __ldg(reinterpret_cast<const Codes*>(args.codes) + at);
+    const int64_t sf_at = args.sf_layout == SfLayout::kLinear ? at / kLanesPerGroup
+                                                              : sf_offset_128x4(row, vec / kLanesPerGroup, shape.vecs_per_row / kLanesPerGroup);
+    sfs[i] = __ldg(args.sf + sf_at) & 0x7fu;
     if (args.global_mode == GlobalMode::kPerRow) globals[i] = args.global[row];
   }
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t v = first + i * kThreads;
     if (v - threadIdx.x % 32 >= shape.num_vecs) return;  // whole warps leave together
-    const bool valid = v < shape.num_vecs;
-    uint32_t pairs[8];
-    decode_nvfp4x16(codes[i], sfs[i], pairs);
+    uint32_t out[8];
     if constexpr (kF32) {
-      uint32_t values[16];
+      uint32_t pairs[4];
+      decode_nvfp4x8(codes[i], decode_ue4m3_bf16x2(sfs[i]), pairs);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        values[2 * j] = __float_as_uint(ptx::low_bf16(pairs[j]) * globals[i]);
-        values[2 * j + 1] = __float_as_uint(ptx::high_bf16(pairs[j]) * globals[i]);
+      for (int j = 0; j < 4; ++j) {
+        out[2 * j] = __float_as_uint(ptx::low_bf16(pairs[j]) * globals[i]);
+        out[2 * j + 1] = __float_as_uint(ptx::high_bf16(pairs[j]) * globals[i]);
       }
-      const int64_t piece = 4 * int64_t{v};
-      store_pieces<4>(args.y, piece, valid, {values[0], values[1], values[2], values[3]}, {values[4], values[5], values[6], values[7]});
-      store_pieces<4>(args.y, piece + 2, valid, {values[8], values[9], values[10], values[11]}, {values[12], values[13], values[14], values[15]});
     } else {
+      decode_nvfp4x16(codes[i], sfs[i], out);
       if (args.global_mode != GlobalMode::kOne)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          pairs[j] = ptx::cvt_bf16x2(ptx::low_bf16(pairs[j]) * globals[i], ptx::high_bf16(pairs[j]) * globals[i]);
-      store_pieces<2>(args.y, 2 * int64_t{v}, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
+        for (int j = 0; j < 8; ++j) out[j] = ptx::cvt_bf16x2(ptx::low_bf16(out[j]) * globals[i], ptx::high_bf16(out[j]) * globals[i]);
     }
+    store_pieces<2>(args.y, 2 * int64_t{v}, v < shape.num_vecs, {out[0], out[1], out[2], out[3]}, {out[4], out[5], out[6], out[7]});
   }
 }
 
@@ -126,7 +128,8 @@ void launch_dequantize(const DequantizeArgs& args, const Shape& shape, const Gpu
 
 void dequantize_rows(const DequantizeArgs& args, const GpuContext& context) {
   constexpr const char* kOp = "dequantize_rows";
-  const Shape shape = make_shape(kOp, args.num_out, args.cols, 16);
+  DSV4_GPU_REQUIRE(kOp, args.cols % kNvfp4GroupSize == 0, "cols = %lld", static_cast<long long>(args.cols));
+  const Shape shape = make_shape(kOp, args.num_out, args.cols, args.y_is_f32 ? 8 : 16);
   DSV4_GPU_REQUIRE(kOp, args.rows || args.num_out == args.num_rows, "num_out = %lld, num_rows = %lld", static_cast<long long>(args.num_out),
                    static_cast<long long>(args.num_rows));
   DSV4_GPU_REQUIRE(kOp, args.global_mode != GlobalMode::kComputeRow, "kComputeRow is for encoding");

@@ -25,17 +25,15 @@ __device__ __forceinline__ float amax_of(const float (&x)[kCount], bool* has_nan
   return amax;
 }
 
-// Magnitude code of a = |y| < 7 in the low byte of the result, without integer work.
+// Magnitude code of a = |y| < 7 in the low byte of the result.
 //
-// Adding 2^22 (2^23, 2^24) rounds to the steps .5 (1, 2) of [0, 2), [2, 4), [4, 6], to nearest with ties to the even code,
-// and leaves the step count in the low mantissa bits; 2 and 4 further units in the last place turn counts into codes. The
-// saturated multiply-adds are 0 or 1: the argument's smallest positive value is 2^-22 * 2^30.
+// Adding 2^22 (2^23, 2^24) rounds to the steps .5 (1, 2) of [0, 2), [2, 4), [4, 8), to nearest with ties to the even code, and
+// leaves the step count in the low mantissa bits; 2 and 4 further units in the last place turn counts into codes. The three
+// constants are 0x00800002 apart, so a's exponent (at least that of 1) picks one by a multiplication.
 __device__ __forceinline__ uint32_t e2m1_magnitude(float a) {
-  const float above2 = ptx::fma_saturate(a, 0x1p30f, -0x1p31f);
-  const float above4 = ptx::fma_saturate(a, 0x1p30f, -0x1p32f);
-  float magic = __fmaf_rn(above2, 4194306.0f, 4194304.0f);  // 2^22 -> 2^23 + 2
-  magic = __fmaf_rn(above4, 8388614.0f, magic);             //      -> 2^24 + 8
-  return __float_as_uint(__fadd_rn(a, magic));
+  const uint32_t exponent = __float_as_uint(fmaxf(a, 1.0f)) >> 23;
+  const uint32_t magic = exponent * 0x00800002u + (0x4a800000u - 127u * 0x00800002u);
+  return __float_as_uint(__fadd_rn(a, __uint_as_float(magic)));
 }
 
 // x[i] * multiplier -> 8 nibbles, element 0 lowest. small: no x is NaN and all products are below 7. multiplier >= 0 (or NaN).

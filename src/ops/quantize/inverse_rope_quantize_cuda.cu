@@ -12,26 +12,42 @@ struct InverseRopeSource {
   uint32_t num_tokens, token_vecs, group_vecs;
   uint32_t head_vecs_mask, first_rope_vec;  // head_dim / 16 is a power of two
   uint32_t num_pairs;
+  bool groups_by_rotation;
   gpu::FastDiv by_tokens;
 
   struct Raw {
     uint4 low, high;
+    float4 cos[2], sin[2];  // rotated vectors only
   };
+  // Eight heads of 32 vectors a CTA: the aligned eights that hold the rotated channels go to two warps, so that six have no rotation.
+  __device__ __forceinline__ uint32_t order(uint32_t thread) const {
+    if (!groups_by_rotation) return thread;
+    return thread < 192 ? thread / 24 * 32 + thread % 24 : (thread - 192) / 8 * 32 + 24 + thread % 8;
+  }
+  __device__ __forceinline__ bool rotated(uint32_t vec) const { return (vec & head_vecs_mask) >= first_rope_vec; }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
     const uint32_t group = by_tokens.quotient(row), token = row - group * num_tokens;
     const uint4* at = reinterpret_cast<const uint4*>(x) + 2 * (int64_t{token} * token_vecs + group * group_vecs + vec);
-    return {__ldg(at), __ldg(at + 1)};
+    Raw raw;
+    raw.low = __ldg(at);
+    raw.high = __ldg(at + 1);
+    if (rotated(vec)) {
+      const float* cosines = cos_sin + int64_t{positions[token]} * (2 * num_pairs) + 8 * ((vec & head_vecs_mask) - first_rope_vec);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        raw.cos[half] = __ldg(reinterpret_cast<const float4*>(cosines) + half);
+        raw.sin[half] = __ldg(reinterpret_cast<const float4*>(cosines + num_pairs) + half);
+      }
+    }
+    return raw;
   }
-  __device__ __forceinline__ void values(const Raw& raw, uint32_t row, uint32_t vec, float (&out)[16]) const {
+  __device__ __forceinline__ void values(const Raw& raw, uint32_t, uint32_t vec, float (&out)[16]) const {
     widen_bf16x16(raw.low, raw.high, out);
-    const uint32_t head_vec = vec & head_vecs_mask;
-    if (head_vec < first_rope_vec) return;
-    const uint32_t token = row - by_tokens.quotient(row) * num_tokens;
-    const float* cosines = cos_sin + int64_t{positions[token]} * (2 * num_pairs) + 8 * (head_vec - first_rope_vec);
+    if (!rotated(vec)) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float4 cos4 = *reinterpret_cast<const float4*>(cosines + 4 * half), sin4 = *reinterpret_cast<const float4*>(cosines + num_pairs + 4 * half);
-      const float cos[4] = {cos4.x, cos4.y, cos4.z, cos4.w}, sin[4] = {sin4.x, sin4.y, sin4.z, sin4.w};
+      const float cos[4] = {raw.cos[half].x, raw.cos[half].y, raw.cos[half].z, raw.cos[half].w};
+      const float sin[4] = {raw.sin[half].x, raw.sin[half].y, raw.sin[half].z, raw.sin[half].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 8 * half + 2 * j;
@@ -63,8 +79,9 @@ void inverse_rope_quantize(const InverseRopeQuantizeArgs& args, const GpuContext
   source.head_vecs_mask = static_cast<uint32_t>(args.head_dim / 16 - 1);
   source.first_rope_vec = static_cast<uint32_t>((args.head_dim - args.rope_dim) / 16);
   source.num_pairs = static_cast<uint32_t>(args.rope_dim / 2);
+  source.groups_by_rotation = args.head_dim == 512 && args.rope_dim <= 128 && args.heads_per_group % 8 == 0;
   source.by_tokens = gpu::FastDiv(source.num_tokens);
-  launch_quantize<2>(kOp, source, args.out, RowNorm{}, args.num_tokens * (args.num_heads / args.heads_per_group),
+  launch_quantize(kOp, source, args.out, RowNorm{}, args.num_tokens * (args.num_heads / args.heads_per_group),
                      int64_t{args.heads_per_group} * args.head_dim, context);
 }
 

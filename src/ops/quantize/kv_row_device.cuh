@@ -7,12 +7,21 @@
 
 namespace dsv4 {
 
+// Where a row lives; computed early, because the divisions take a while.
+struct RowAddress {
+  uint8_t* data;
+  uint8_t* scales;
+};
+__device__ __forceinline__ RowAddress row_address(const DevicePages& pages, PageLayout layout, int32_t row) {
+  const int32_t page = row / pages.rows_per_page, at = row - page * pages.rows_per_page;
+  uint8_t* base = pages.base + page * pages.page_stride;
+  return {base + int64_t{at} * layout.data_bytes, base + int64_t{pages.rows_per_page} * layout.data_bytes + int64_t{at} * layout.scale_bytes};
+}
+
 // Lane l holds channels 16 l .. 16 l + 15, already rounded to bf16; lanes 28..31 hold the rotated part.
-__device__ __forceinline__ void write_kv_row(const DevicePages& pages, KvFormat format, int32_t row, const float (&x)[16]) {
+__device__ __forceinline__ void write_kv_row(const RowAddress& address, KvFormat format, const float (&x)[16]) {
   const uint32_t lane = threadIdx.x % 32;
-  const PageLayout layout = kv_page_layout(format);
-  uint8_t* data = pages.data(row, layout);
-  uint8_t* scales = pages.scales(row, layout);
+  uint8_t *data = address.data, *scales = address.scales;
   uint32_t pairs[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) pairs[i] = ptx::cvt_bf16x2(x[2 * i], x[2 * i + 1]);
@@ -53,11 +62,9 @@ __device__ __forceinline__ void write_kv_row(const DevicePages& pages, KvFormat 
 }
 
 // Lane l holds channels 4 l .. 4 l + 3 of a key; for kFp8 and kFp4 already rotated by the Hadamard matrix.
-__device__ __forceinline__ void write_index_key(const DevicePages& pages, IndexFormat format, int32_t row, const float (&x)[4]) {
+__device__ __forceinline__ void write_index_key(const RowAddress& address, IndexFormat format, const float (&x)[4]) {
   const uint32_t lane = threadIdx.x % 32;
-  const PageLayout layout = index_page_layout(format);
-  uint8_t* data = pages.data(row, layout);
-  uint8_t* scales = pages.scales(row, layout);
+  uint8_t *data = address.data, *scales = address.scales;
   if (format == IndexFormat::kBf16) {
     reinterpret_cast<uint2*>(data)[lane] = {ptx::cvt_bf16x2(x[0], x[1]), ptx::cvt_bf16x2(x[2], x[3])};
     return;

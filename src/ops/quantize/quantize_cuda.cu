@@ -12,6 +12,7 @@ struct Bf16Source {
   struct Raw {
     uint4 low, high;
   };
+  __device__ __forceinline__ uint32_t order(uint32_t thread) const { return thread; }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
     const uint4* at = reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 2 * vec;
     return {__ldg(at), __ldg(at + 1)};  // through L1: the halves of a sector are fetched by two instructions
@@ -26,6 +27,7 @@ struct F32Source {
   struct Raw {
     uint4 piece[4];
   };
+  __device__ __forceinline__ uint32_t order(uint32_t thread) const { return thread; }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
     const uint4* at = reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 4 * vec;
     return {{__ldg(at), __ldg(at + 1), __ldg(at + 2), __ldg(at + 3)}};
@@ -48,9 +50,9 @@ void quantize_rows(const QuantizeArgs& args, const GpuContext& context) {
   const RowNorm norm{args.norm_weight, args.norm_eps};
   const auto stride = static_cast<uint32_t>(args.x_stride / (args.x_is_f32 ? 4 : 8));
   if (args.x_is_f32)
-    launch_quantize<1>("quantize_rows", F32Source{static_cast<const float*>(args.x), stride}, args.out, norm, args.num_rows, args.cols, context);
+    launch_quantize("quantize_rows", F32Source{static_cast<const float*>(args.x), stride}, args.out, norm, args.num_rows, args.cols, context);
   else
-    launch_quantize<2>("quantize_rows", Bf16Source{static_cast<const bf16*>(args.x), stride}, args.out, norm, args.num_rows, args.cols, context);
+    launch_quantize("quantize_rows", Bf16Source{static_cast<const bf16*>(args.x), stride}, args.out, norm, args.num_rows, args.cols, context);
 }
 
 }  // namespace dsv4

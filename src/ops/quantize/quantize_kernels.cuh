@@ -5,6 +5,7 @@
 //     struct Raw;                                               // registers of one vector, as loaded
 //     Raw load(uint32_t row, uint32_t vec) const;               // elements 16 vec .. 16 vec + 15 of the row
 //     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[16]) const;
+//     uint32_t order(uint32_t thread) const;                    // which of a CTA's 256 vectors the thread takes; keeps aligned eights
 //   };
 // A lane holds one NVFP4 group; eight neighbouring lanes share an FP8 block: all lanes of a warp take part in exchanges.
 #pragma once
@@ -99,37 +100,23 @@ __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const 
   }
 }
 
-// A CTA takes kUnroll * 256 consecutive vectors: all loads are in flight before the first is used.
-template <class Source, int kUnroll>
+// A vector a thread: many small CTAs hide latency better here than several vectors a thread (docs/kernels/quantize.md).
+template <class Source>
 __global__ void __launch_bounds__(kStreamThreads) quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
-  typename Source::Raw raw[kUnroll];
-  uint32_t rows[kUnroll], vecs[kUnroll];
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint32_t v = first + i * kStreamThreads;
-    rows[i] = shape.by_vecs_per_row.quotient(v);
-    vecs[i] = v - rows[i] * shape.vecs_per_row;
-    if (v < shape.num_vecs) raw[i] = source.load(rows[i], vecs[i]);
-  }
-  float global = out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
-  float rcp6 = nvfp4_rcp6({global});
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint32_t v = first + i * kStreamThreads;
-    if (v - threadIdx.x % 32 >= shape.num_vecs) break;  // whole warps leave together
+  const uint32_t first = blockIdx.x * kStreamThreads, v = first + source.order(threadIdx.x);
+  if (first + threadIdx.x / 32 * 32 < shape.num_vecs) {  // whole warps
+    const uint32_t row = shape.by_vecs_per_row.quotient(v), vec = v - row * shape.vecs_per_row;
     const bool valid = v < shape.num_vecs;
-    float x[16] = {};
-    if (valid) {
-      source.values(raw[i], rows[i], vecs[i], x);
-      if (out.global_mode == GlobalMode::kPerRow) {
-        global = out.global[rows[i]];
-        rcp6 = nvfp4_rcp6({global});
-      }
-    }
-    write_vector(out, shape, rows[i], vecs[i], valid, x, global, rcp6);
+    typename Source::Raw raw;
+    if (valid) raw = source.load(row, vec);
+    float global = 1.0f, x[16] = {};
+    if (out.global_mode == GlobalMode::kGiven) global = out.global[0];
+    if (out.global_mode == GlobalMode::kPerRow && valid) global = out.global[row];
+    const float rcp6 = nvfp4_rcp6({global});
+    if (valid) source.values(raw, row, vec, x);
+    write_vector(out, shape, row, vec, valid, x, global, rcp6);
   }
   zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
 }
@@ -241,8 +228,8 @@ inline QuantizeShape make_quantize_shape(const QuantizedRows& out, int64_t num_r
   return shape;
 }
 
-// Checks what all quantisers share, picks the kernel, launches. kUnroll: vectors a thread has in flight in the stream kernel.
-template <int kUnroll, class Source>
+// Checks what all quantisers share, picks the kernel, launches.
+template <class Source>
 void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
                      const GpuContext& context) {
   DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = %lld", static_cast<long long>(cols));
@@ -267,15 +254,9 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
     else
       gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
   } else {
-    // Few vectors: spread them over the machine instead of filling threads.
-    const bool small = shape.num_vecs < static_cast<uint32_t>(context.num_sms) * kStreamThreads * kUnroll;
-    const uint32_t per_cta = small ? kStreamThreads : kStreamThreads * kUnroll;
-    config.grid = (shape.num_vecs + per_cta - 1) / per_cta;
+    config.grid = (shape.num_vecs + kStreamThreads - 1) / kStreamThreads;
     config.block = kStreamThreads;
-    if (small)
-      gpu::launch(quantize_stream<Source, 1>, config, source, out, shape);
-    else
-      gpu::launch(quantize_stream<Source, kUnroll>, config, source, out, shape);
+    gpu::launch(quantize_stream<Source>, config, source, out, shape);
   }
 }
 

@@ -16,6 +16,7 @@ struct SwigluSource {
   struct Raw {
     uint4 gate[2], up[2];
   };
+  __device__ __forceinline__ uint32_t order(uint32_t thread) const { return thread; }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
     const int64_t at = int64_t{row} * stride + 2 * vec;
     const auto* g = reinterpret_cast<const uint4*>(gate) + at;
@@ -39,7 +40,7 @@ void swiglu_quantize(const SwigluQuantizeArgs& args, const GpuContext& context) 
                    "stride = %lld, gate = %p, up = %p", static_cast<long long>(args.stride), static_cast<const void*>(args.gate), static_cast<const void*>(args.up));
   DSV4_GPU_REQUIRE("swiglu_quantize", args.limit > 0 && args.limit <= 80, "limit = %g", static_cast<double>(args.limit));
   const SwigluSource source{args.gate, args.up, args.rho, static_cast<uint32_t>(args.stride / 8), args.limit};
-  launch_quantize<1>("swiglu_quantize", source, args.out, RowNorm{}, args.num_rows, args.cols, context);
+  launch_quantize("swiglu_quantize", source, args.out, RowNorm{}, args.num_rows, args.cols, context);
 }
 
 }  // namespace dsv4

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) rope_norm_insert_kernel(const RopeNo
     rotate(x, cos_sin);
     round_to_bf16(x);
     const int32_t row = args.slots[token];
-    if (row >= 0 && row < args.pages.num_rows) write_kv_row(args.pages, args.format, row, x);
+    if (row >= 0 && row < args.pages.num_rows) write_kv_row(row_address(args.pages, kv_page_layout(args.format), row), args.format, x);
   }
 }
 

@@ -1,0 +1,42 @@
+// Waiting on memory between CTAs: acquire loads, release adds, and spin loops that (in debug builds) say what they wait for.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+
+namespace dsv4::sm90 {
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* pointer) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
+  return v;
+}
+__device__ __forceinline__ void add_release(uint32_t* pointer, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t add_acq_rel(uint32_t* pointer, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(pointer), "r"(value) : "memory");
+  return old;
+}
+// Orders ordinary and copy-engine accesses to global and shared memory, both ways.
+__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Spins until ready(). With -DDSV4_SPIN_TIMEOUT=cycles a wait that long prints what, where and two numbers, and traps.
+template <class Ready>
+__device__ __forceinline__ void spin_until(const Ready& ready, const char* what, int a, int b) {
+#ifdef DSV4_SPIN_TIMEOUT
+  const long long start = clock64();
+  while (!ready()) {
+    if (clock64() - start > static_cast<long long>(DSV4_SPIN_TIMEOUT)) {
+      printf("timed out waiting for %s (%d, %d): block %d thread %d\n", what, a, b, int(blockIdx.x), int(threadIdx.x));
+      __trap();
+    }
+  }
+#else
+  while (!ready()) {
+  }
+#endif
+}
+
+}  // namespace dsv4::sm90
