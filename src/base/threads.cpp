@@ -8,6 +8,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -29,6 +30,9 @@ void cpu_relax() {
 }
 
 }  // namespace
+
+// The pool whose loop body this thread is running: a loop inside a loop of the same pool would overwrite its state.
+static thread_local const void* running_pool = nullptr;
 
 int available_cpus() {
   cpu_set_t set;
@@ -63,9 +67,10 @@ struct ThreadPool::State {
   std::vector<std::thread> workers;
 
   void work(int thread_idx) {
+    const void* outer = std::exchange(running_pool, this);
     for (;;) {
       const int64_t index = next_index.fetch_add(1, std::memory_order_relaxed);
-      if (index >= count) return;
+      if (index >= count) break;
       try {
         invoke(context, index, thread_idx);
       } catch (...) {
@@ -74,6 +79,7 @@ struct ThreadPool::State {
         next_index.store(count, std::memory_order_relaxed);
       }
     }
+    running_pool = outer;
   }
 
   // The first gate value of an epoch other than seen.
@@ -136,6 +142,7 @@ void ThreadPool::run(int64_t count, Invoke invoke, const void* context) {
     return;
   }
   State& state = *state_;
+  DSV4_CHECK(running_pool != &state, "parallel_for inside a body of the same pool");
   state.invoke = invoke;
   state.context = context;
   state.count = count;

@@ -103,5 +103,14 @@ TEST(ThreadPool, AnIdlePoolUsesNoCpu) {
   EXPECT_EQ(total.load(), 200);
 }
 
+TEST(ThreadPool, ALoopInsideItsOwnBodyIsRefused) {
+  ThreadPool pool(2);
+  EXPECT_THROW(pool.parallel_for(4, [&](int64_t) { pool.parallel_for(4, [](int64_t) {}); }), Error);
+  ThreadPool other(2);
+  std::atomic<int> count{0};
+  pool.parallel_for(1, [&](int64_t) { other.parallel_for(4, [&](int64_t) { ++count; }); });
+  EXPECT_EQ(count, 4);
+}
+
 }  // namespace
 }  // namespace dsv4

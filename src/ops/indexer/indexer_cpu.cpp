@@ -81,7 +81,7 @@ void indexer(const IndexerArgs& args, const CpuContext& context) {
       scores.resize(static_cast<size_t>(visible));
       const float* q = args.q + token * args.num_heads * dim;
       const float* weight = args.head_weight + token * args.num_heads;
-      for (int64_t j = 0; j < visible; ++j) scores[j] = vec.relu_score(q, weight, args.num_heads, keys + j * dim, dim);
+      vec.relu_scores(q, weight, args.num_heads, keys, visible, dim, scores.data());
       margin = choose_topk(scores, args.topk, selected);
     }
     if (args.margin != nullptr) args.margin[token] = margin;

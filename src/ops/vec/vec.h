@@ -33,8 +33,8 @@ struct VecKernels {
   float (*exp_sum)(float* x, int64_t n, float max);
   // Softmax pooling per channel: out[c] = sum_s softmax_s(gate[s][c]) * value[s][c]; gate -inf = slot absent
   void (*softmax_pool)(const float* const* value, const float* const* gate, int num_slots, int64_t n, float* out);
-  // sum_h weight[h] * max(0, dot(q[h], key)); q: [num_heads, dim] dense
-  float (*relu_score)(const float* q, const float* weight, int num_heads, const float* key, int64_t dim);
+  // out[j] = sum_h weight[h] * max(0, dot(q[h], keys[j])); q: [num_heads, dim], keys: [num_keys, dim], both dense
+  void (*relu_scores)(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out);
   void (*decode_bf16)(const uint16_t* x, int64_t n, float* y);
   void (*round_bf16)(float* x, int64_t n);
 };

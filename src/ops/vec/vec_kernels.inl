@@ -12,6 +12,7 @@ constexpr int kLanes = DSV4_VEC_LANES;
 typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint32_t UintLanes __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef int32_t IntLanes4 __attribute__((vector_size(16)));
 typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes), aligned(2)));
 
 inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
@@ -19,12 +20,18 @@ inline void store(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
 inline Lanes splat(float x) { return x - Lanes{}; }
 inline Lanes maximum(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// Halves are added until four lanes are left; a fixed tree, in registers.
+typedef float Quad __attribute__((vector_size(16)));
+inline Quad quad_at(Lanes v, int first) {
+  Quad q;
+  std::memcpy(&q, reinterpret_cast<const float*>(&v) + first, sizeof(q));
+  return q;
+}
 inline float fold_sum(Lanes v) {
-  float x[kLanes];
-  store(x, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  return x[0];
+  Quad q = quad_at(v, 0) + quad_at(v, 4);
+  if constexpr (kLanes == 16) q += quad_at(v, 8) + quad_at(v, 12);
+  q += __builtin_shuffle(q, IntLanes4{2, 3, 0, 1});
+  return q[0] + q[1];
 }
 inline float fold_max(Lanes v) {
   float x[kLanes];
@@ -139,6 +146,9 @@ void combine(const float* const* x, const float* coeff, int num_terms, int64_t n
   }
 }
 
+// Four heads by this many rows fill the register file with accumulators: 12 of 16 (AVX2), 24 of 32 (AVX-512).
+constexpr int kTileRows = kLanes == 16 ? 6 : 3;
+
 // kHeads x kRows dot products at once: each q and row vector is loaded once per kRows or kHeads multiply-adds.
 template <int kHeads, int kRows>
 inline void score_tile(const float* q, int64_t dim, const float* const* rows, float scale, float* scores, int64_t stride) {
@@ -164,7 +174,7 @@ template <int kHeads>
 void score_heads(const float* q, int64_t dim, const float* const* rows, int64_t num_rows, float scale, float* scores,
                  int64_t stride) {
   int64_t r = 0;
-  for (; r + 3 <= num_rows; r += 3) score_tile<kHeads, 3>(q, dim, rows + r, scale, scores + r, stride);
+  for (; r + kTileRows <= num_rows; r += kTileRows) score_tile<kHeads, kTileRows>(q, dim, rows + r, scale, scores + r, stride);
   for (; r < num_rows; ++r) score_tile<kHeads, 1>(q, dim, rows + r, scale, scores + r, stride);
 }
 
@@ -196,7 +206,7 @@ inline void value_tile(const float* p, int64_t p_stride, int64_t dim, const floa
 template <int kHeads>
 void value_heads(const float* p, int64_t p_stride, int64_t dim, const float* const* rows, int64_t num_rows, float* out) {
   int64_t i = 0;
-  constexpr int kCols = kHeads >= 4 ? 3 : 4;
+  constexpr int kCols = kLanes == 8 && kHeads >= 4 ? 3 : 4;
   for (; i + kCols * kLanes <= dim; i += kCols * kLanes) value_tile<kHeads, kCols>(p, p_stride, dim, rows, num_rows, i, out);
   for (; i + kLanes <= dim; i += kLanes) value_tile<kHeads, 1>(p, p_stride, dim, rows, num_rows, i, out);
   for (; i < dim; ++i)
@@ -271,16 +281,26 @@ void softmax_pool(const float* const* value, const float* const* gate, int num_s
   }
 }
 
-float relu_score(const float* q, const float* weight, int num_heads, const float* key, int64_t dim) {
-  float sum = 0;
-  int h = 0;
-  float products[8];
-  for (; h < num_heads; h += 8) {
-    const int count = num_heads - h < 8 ? num_heads - h : 8;
-    dot_rows(key, q + h * dim, dim, count, dim, products);
-    for (int j = 0; j < count; ++j) sum += weight[h + j] * (products[j] > 0 ? products[j] : 0.0f);
+void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out) {
+  constexpr int64_t kBlock = 8 * kTileRows;
+  for (int64_t start = 0; start < num_keys; start += kBlock) {
+    const int64_t count = num_keys - start < kBlock ? num_keys - start : kBlock;
+    const float* rows[kBlock];
+    for (int64_t j = 0; j < count; ++j) {
+      rows[j] = keys + (start + j) * dim;
+      out[start + j] = 0;
+    }
+    for (int first = 0; first < num_heads; first += 4) {
+      const int heads = num_heads - first < 4 ? num_heads - first : 4;
+      float products[4 * kBlock];
+      attend_scores(q + first * dim, heads, dim, rows, count, 1.0f, products, kBlock);
+      for (int h = 0; h < heads; ++h)
+        for (int64_t j = 0; j < count; ++j) {
+          const float product = products[h * kBlock + j];
+          out[start + j] += weight[first + h] * (product > 0 ? product : 0.0f);
+        }
+    }
   }
-  return sum;
 }
 
 void decode_bf16(const uint16_t* x, int64_t n, float* y) {
@@ -314,6 +334,6 @@ void round_bf16(float* x, int64_t n) {
 }  // namespace
 
 extern const VecKernels kTable{dot,           dot_rows, sum_squares,  max_abs,    scale,       combine,  attend_scores,
-                               attend_values, exp_sum,  softmax_pool, relu_score, decode_bf16, round_bf16};
+                               attend_values, exp_sum,  softmax_pool, relu_scores, decode_bf16, round_bf16};
 
 }  // namespace dsv4::DSV4_VEC_NAMESPACE

@@ -80,10 +80,12 @@ void softmax_pool(const float* const* value, const float* const* gate, int num_s
   }
 }
 
-float relu_score(const float* q, const float* weight, int num_heads, const float* key, int64_t dim) {
-  double sum = 0;
-  for (int h = 0; h < num_heads; ++h) sum += static_cast<double>(weight[h]) * std::max(0.0, dot_double(q + h * dim, key, dim));
-  return static_cast<float>(sum);
+void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out) {
+  for (int64_t j = 0; j < num_keys; ++j) {
+    double sum = 0;
+    for (int h = 0; h < num_heads; ++h) sum += weight[h] * std::max(0.0, dot_double(q + h * dim, keys + j * dim, dim));
+    out[j] = static_cast<float>(sum);
+  }
 }
 
 void decode_bf16_array(const uint16_t* x, int64_t n, float* y) {
@@ -96,7 +98,7 @@ void round_bf16_array(float* x, int64_t n) {
 
 constexpr VecKernels kReferenceTable{dot,          dot_rows,      sum_squares, max_abs,      scale,
                                      combine,      attend_scores, attend_values, exp_sum,    softmax_pool,
-                                     relu_score,   decode_bf16_array, round_bf16_array};
+                                     relu_scores,  decode_bf16_array, round_bf16_array};
 
 }  // namespace
 
