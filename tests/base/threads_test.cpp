@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/check.h"
+
 namespace dsv4 {
 namespace {
 
