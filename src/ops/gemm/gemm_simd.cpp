@@ -69,7 +69,9 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
   const auto prepare = [&](int64_t token) { x.set(kernels, token, args.x + token * args.x_stride); };
 
   const bool serial = context.pool.num_threads() == 1 || work_bytes(w, args.num_tokens) < kSerialBytes;
-  if (serial || x.form() == ActForm::kF32 || args.num_tokens < 8) {
+  // Quantising a row of 4096 takes about 5 us, copying it less than one.
+  const bool costly = x.form() == ActForm::kNvfp4 ? args.num_tokens >= 2 && w.cols >= 1024 : args.num_tokens >= 8;
+  if (serial || x.form() == ActForm::kF32 || !costly) {
     for (int64_t token = 0; token < args.num_tokens; ++token) prepare(token);
   } else {
     context.pool.parallel_for(args.num_tokens, prepare);

@@ -82,11 +82,11 @@ inline __m256 load_sf(const std::byte* sf) {
 inline __m256i load_codes(const std::byte* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 
 // Distance and cache as in panel_avx512.cpp.
-template <bool kMemoryBound>
+template <int kRecordsAhead>
 inline void prefetch_record(const std::byte* record) {
-  constexpr int kAhead = kMemoryBound ? 16 * kPanelRecordBytes : 8 * kPanelRecordBytes;
   for (int line = 0; line < kPanelRecordBytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(record + kAhead + line), kMemoryBound ? _MM_HINT_T1 : _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(record + kRecordsAhead * kPanelRecordBytes + line),
+                 kRecordsAhead > 8 ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 // bf16 of the e2m1 values, split in bytes, twice (one copy per 128-bit lane).
@@ -141,7 +141,7 @@ inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, floa
     for (int t = 0; t < kTokens; ++t) sum_low[t] = sum_high[t] = _mm256_setzero_ps();
     for (int64_t rec = 0; rec < num_records; ++rec) {
       const std::byte* record = args.packed + rec * kPanelRecordBytes;
-      if (half == 0) prefetch_record<false>(record);
+      if (half == 0) prefetch_record<kTokens == 1 ? 8 : 4>(record);
       for (int group = 0; group < 4; ++group) {
         __m256 low[kTokens], high[kTokens];
 #pragma GCC unroll 2
@@ -267,7 +267,7 @@ inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float
     for (int t = 0; t < kTokens; ++t) sum[t] = _mm256_setzero_ps();
     for (int64_t rec = 0; rec < num_records; ++rec) {
       const std::byte* record = args.packed + rec * kPanelRecordBytes;
-      if (half == 0) prefetch_record<kTokens == 1>(record);
+      if (half == 0) prefetch_record<kTokens <= 2 ? 16 : 4>(record);
       for (int group = 0; group < 4; ++group) {
         const int64_t g = rec * 4 + group;
         __m256i w[4];

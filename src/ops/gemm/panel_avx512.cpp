@@ -88,13 +88,13 @@ inline __m512 load_sf(const std::byte* sf) {
 
 inline __m512i load_codes(const std::byte* p) { return _mm512_load_si512(p); }
 
-// How far ahead of the stream, and into which cache: measured on Sapphire Rapids, 2 threads (docs/kernels/cpu.md). One row
-// of int8 products is bound by memory and wants to be far ahead in L2; more rows are slower than memory and want L1.
-template <bool kMemoryBound>
+// How far ahead of the stream, and into which cache: measured on Sapphire Rapids, 2 threads (docs/kernels/cpu.md). One or
+// two rows of int8 products are bound by memory and want to be far ahead, in L2; slower kernels want L1, nearer.
+template <int kRecordsAhead>
 inline void prefetch_record(const std::byte* record) {
-  constexpr int kAhead = kMemoryBound ? 16 * kPanelRecordBytes : 8 * kPanelRecordBytes;
   for (int line = 0; line < kPanelRecordBytes; line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(record + kAhead + line), kMemoryBound ? _MM_HINT_T1 : _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(record + kRecordsAhead * kPanelRecordBytes + line),
+                 kRecordsAhead > 8 ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 template <int kTokens>
@@ -107,7 +107,7 @@ inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, floa
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
   for (int64_t rec = 0; rec < num_records; ++rec) {
     const std::byte* record = args.packed + rec * kPanelRecordBytes;
-    prefetch_record<false>(record);
+    prefetch_record<kTokens == 1 ? 8 : 4>(record);
     for (int group = 0; group < 4; ++group) {
       const int64_t x_offset = (rec * 4 + group) * 16;
       __m512 part[kTokens];
@@ -152,7 +152,7 @@ inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
   for (int64_t rec = 0; rec < num_records; ++rec) {
     const std::byte* record = args.packed + rec * kPanelRecordBytes;
-    prefetch_record<kTokens == 1>(record);
+    prefetch_record<kTokens <= 2 ? 16 : 4>(record);
     for (int group = 0; group < 4; ++group) {
       const int64_t g = rec * 4 + group;
       __m512i w[4];

@@ -128,7 +128,7 @@ class MoeRun {
       work_.x_shared.reset(form_of(args_.shared->w1, false), args_.num_tokens, args_.hidden);
       work_.h_shared.reset(form_of(args_.shared->w2, false), args_.num_tokens, args_.shared->w1.view.rows);
     }
-    for_each(args_.num_tokens, args_.num_tokens >= 8, [&](int64_t token) {
+    for_each(args_.num_tokens, args_.num_tokens >= 2, [&](int64_t token) {
       const float* x = args_.x + token * args_.hidden;
       if (has_routed) work_.x_routed.set(kernels_, token, x);
       if (has_shared) work_.x_shared.set(kernels_, token, x);
