@@ -4,7 +4,6 @@
 
 #include <chrono>
 #include <cstdio>
-#include <map>
 #include <memory>
 
 #include "checkpoint/quantize/quantize.h"
@@ -16,8 +15,16 @@ namespace {
 
 struct Settings {
   QuantizeOptions options;
+  std::string dense = "keep", scale = "modelopt";
   uint64_t shard_mb = 4096;
 };
+
+DenseFormat dense_format(const std::string& name) {
+  return name == "fp8" ? DenseFormat::kFp8 : name == "nvfp4" ? DenseFormat::kNvfp4 : DenseFormat::kKeep;
+}
+ScaleRule scale_rule(const std::string& name) {
+  return name == "mse" ? ScaleRule::kMse : name == "4over6" ? ScaleRule::kFourOverSix : ScaleRule::kModelOpt;
+}
 
 std::string human_bytes(double bytes) {
   const char* const units[] = {"B", "kB", "MB", "GB", "TB"};
@@ -55,6 +62,8 @@ void run_quantize(const Settings& settings, const GlobalOptions& global) {
   // A file size limit then shows as an error of write, like a full disk, instead of killing the process.
   ::signal(SIGXFSZ, SIG_IGN);
   QuantizeOptions options = settings.options;
+  options.dense = dense_format(settings.dense);
+  options.scale = scale_rule(settings.scale);
   options.shard_bytes = settings.shard_mb << 20;
   const auto start = std::chrono::steady_clock::now();
   ProgressLine line(global.quiet);
@@ -88,20 +97,16 @@ void run_quantize(const Settings& settings, const GlobalOptions& global) {
 void register_quantize(CLI::App& app, GlobalOptions& global) {
   auto settings = std::make_shared<Settings>();
   CLI::App* command = app.add_subcommand(
-      "quantize", "Make an NVFP4 checkpoint (ModelOpt names) from a BF16, FP8 + MXFP4 or compressed-tensors one.");
+      "quantize", "make an NVFP4 checkpoint (ModelOpt names) from a BF16, FP8 + MXFP4 or compressed-tensors one");
   command->footer("DST appears only when complete; until then the work is in DST.partial, and the same command continues it.");
   command->add_option("SRC", settings->options.source, "checkpoint folder; never changed")->required();
   command->add_option("DST", settings->options.target, "folder to make")->required();
-  const std::map<std::string, DenseFormat> dense{
-      {"keep", DenseFormat::kKeep}, {"fp8", DenseFormat::kFp8}, {"nvfp4", DenseFormat::kNvfp4}};
-  command->add_option("--dense", settings->options.dense, "attention, indexer and shared experts: keep, fp8 or nvfp4 [keep]")
-      ->transform(CLI::CheckedTransformer(dense));
-  const std::map<std::string, ScaleRule> scale{
-      {"modelopt", ScaleRule::kModelOpt}, {"mse", ScaleRule::kMse}, {"4over6", ScaleRule::kFourOverSix}};
-  command
-      ->add_option("--scale", settings->options.scale,
-                   "how block scales are chosen: modelopt (byte for byte), mse or 4over6 (less error) [modelopt]")
-      ->transform(CLI::CheckedTransformer(scale));
+  command->add_option("--dense", settings->dense, "attention, indexer and shared experts")
+      ->check(CLI::IsMember({"keep", "fp8", "nvfp4"}))
+      ->capture_default_str();
+  command->add_option("--scale", settings->scale, "how block scales are chosen: modelopt (byte for byte), mse or 4over6 (less error)")
+      ->check(CLI::IsMember({"modelopt", "mse", "4over6"}))
+      ->capture_default_str();
   command->add_option("--threads", settings->options.num_threads, "0 = all CPUs")->check(CLI::Range(0, 4096))->capture_default_str();
   command->add_option("--shard-mb", settings->shard_mb, "largest weight file, in MiB")
       ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 20))
