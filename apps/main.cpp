@@ -1,4 +1,7 @@
 // dsv4: the command line. Parses, runs one subcommand, turns errors into messages and exit codes.
+#include <signal.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <new>
 
@@ -27,9 +30,24 @@ void install_stderr_log(const dsv4::app::GlobalOptions& options) {
       level);
 }
 
+// Weights are read through a memory map: if the file shrinks meanwhile, or its disk fails, the read raises SIGBUS.
+void on_bus_error(int) {
+  constexpr char kMessage[] = "dsv4: error: a mapped file became shorter or unreadable while it was in use\n";
+  [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, kMessage, sizeof(kMessage) - 1);
+  ::_exit(1);
+}
+
+void install_bus_error_handler() {
+  struct sigaction action {};
+  action.sa_handler = on_bus_error;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGBUS, &action, nullptr);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  install_bus_error_handler();
   CLI::App app{"DeepSeek-V4 with NVFP4 experts: from checkpoint to text", "dsv4"};
   dsv4::app::GlobalOptions options;
   app.footer(kExitCodes);

@@ -180,6 +180,15 @@ class BadInput(TempFolder):
         weights.write_bytes(struct.pack("<Q", 2**63) + content[8:])
         self.assert_refused(["generate", "-m", str(demo), "-p", "x"], "model.safetensors")
 
+    def test_weights_truncated_while_in_use(self):
+        demo = self.broken_demo()
+        process = subprocess.Popen([DSV4, "generate", "-m", str(demo), "-p", "It was late", "-n", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.read(1)
+        os.truncate(demo / "model.safetensors", 4096)
+        _, errors = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("mapped file", errors)
+
     def test_wrong_vocabulary_size(self):
         demo = self.broken_demo()
         config = json.loads((demo / "config.json").read_text())
