@@ -65,7 +65,7 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
   const WeightView& w = args.w->view;
   thread_local PreparedRows prepared;  // the calling thread's; workers only read it
   PreparedRows& x = prepared;
-  x.reset(kernels.form(w.format, args.x_is_bf16, args.x_to_nvfp4), args.num_tokens, w.cols);
+  x.reset(kernels.form(w.format, args.x_to_nvfp4), args.num_tokens, w.cols);
   const auto prepare = [&](int64_t token) { x.set(kernels, token, args.x + token * args.x_stride); };
 
   const bool serial = context.pool.num_threads() == 1 || work_bytes(w, args.num_tokens) < kSerialBytes;

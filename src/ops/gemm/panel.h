@@ -25,8 +25,6 @@ enum class ActForm : uint8_t {
   kF32,        // as given
   kF32Panel,   // binary32, zero-padded to 64 columns, each 8 columns in the order 0 4 2 6 1 5 3 7
   kF32Padded,  // binary32, zero-padded to 64 columns
-  kBf16,       // bf16, zero-padded to 32 columns
-  kBf16Panel,  // bf16, zero-padded to 64 columns, each 8 columns in the order 0 4 1 5 2 6 3 7
   kNvfp4,      // quantised by the run-time rule; Nvfp4ActRow
 };
 
@@ -55,7 +53,7 @@ struct PanelArgs {
 constexpr int64_t kPanelScratchBytes = 128 << 10;
 
 struct PanelKernels {
-  ActForm (*form)(WeightFormat format, bool x_is_bf16, bool a4);
+  ActForm (*form)(WeightFormat format, bool a4);
   void (*prepare)(ActForm form, const float* x, int64_t cols, std::byte* row);  // not kF32
   void (*dot)(const PanelArgs& args);
   // Element-wise steps of moe; count is a multiple of 8.
@@ -85,8 +83,6 @@ inline int64_t act_row_bytes(ActForm form, int64_t cols) {
     case ActForm::kF32:
     case ActForm::kF32Panel:
     case ActForm::kF32Padded: return padded * 4;
-    case ActForm::kBf16:
-    case ActForm::kBf16Panel: return padded * 2;
     case ActForm::kNvfp4: return (padded + padded / 16 * 8 + 4 + 63) / 64 * 64;
   }
   return 0;

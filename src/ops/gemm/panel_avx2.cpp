@@ -333,7 +333,7 @@ void prepare_panel_f32(const float* x, int64_t cols, float* out) {
 
 #include "ops/gemm/act_rows.inl"
 
-ActForm form(WeightFormat format, bool, bool a4) {
+ActForm form(WeightFormat format, bool a4) {
   if (format != WeightFormat::kNvfp4) return ActForm::kF32;
   return a4 ? ActForm::kNvfp4 : ActForm::kF32Panel;
 }

@@ -210,7 +210,7 @@ void prepare_padded(const float* x, int64_t cols, std::byte* out) {
   __builtin_memset(out + cols * 4, 0, static_cast<size_t>(padded - cols) * 4);
 }
 
-ActForm form(WeightFormat format, bool, bool a4) {
+ActForm form(WeightFormat format, bool a4) {
   if (format != WeightFormat::kNvfp4) return ActForm::kF32;
   return a4 ? ActForm::kNvfp4 : ActForm::kF32Padded;
 }

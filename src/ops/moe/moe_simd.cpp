@@ -107,7 +107,7 @@ class MoeRun {
     }
   }
 
-  ActForm form_of(const Weight& w, bool a4) const { return kernels_.form(w.view.format, !exact_, a4); }
+  ActForm form_of(const Weight& w, bool a4) const { return kernels_.form(w.view.format, a4); }
 
   // Routed experts of one layer share formats (checked), so rows of x are prepared once for all of them.
   void prepare_x() {
