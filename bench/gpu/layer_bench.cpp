@@ -128,11 +128,11 @@ void bench_hyper_connection(bench::Bench& b) {
     bench::fill_random_bf16(sublayer.data(), sublayer.bytes() / 2, 2, c.stream);
     bench::fill_random_bf16(weight.data(), hidden, 3, c.stream);
     for (gpu::DeviceBuffer* buffer : {&post, &comb, &fn, &scale, &base}) bench::fill_random_f32(buffer->data(), buffer->bytes() / 4, 4, c.stream);
-    const auto run = [&](const GpuContext& context, int64_t tokens, RowFormat format, bool head) {
+    const auto run = [&](const GpuContext& context, int64_t tokens, RowFormat format, bool head, int iterations = 20) {
       QuantizedRows out{.format = format, .global_mode = format == RowFormat::kNvfp4 ? GlobalMode::kComputeRow : GlobalMode::kOne, .codes = codes.as<uint8_t>(),
                         .sf = sf.as<uint8_t>(), .y = y.as<bf16>(), .row_global = global.as<float>()};
       hyper_connection_boundary({streams.as<bf16>(), sublayer.as<bf16>(), post.as<float>(), comb.as<float>(), streams_out.as<bf16>(), fn.as<float>(), scale.as<float>(),
-                                 base.as<float>(), post_out.as<float>(), comb_out.as<float>(), head, weight.as<bf16>(), out, tokens, hidden, 20, 1e-6f, 1e-6f},
+                                 base.as<float>(), post_out.as<float>(), comb_out.as<float>(), head, weight.as<bf16>(), out, tokens, hidden, iterations, 1e-6f, 1e-6f},
                                 context);
     };
     for (const int64_t tokens : {1, 2, 4, 8, 16, 64}) {
@@ -142,6 +142,8 @@ void bench_hyper_connection(bench::Bench& b) {
         b.latency("hyper_connection_boundary", "hidden " + std::to_string(hidden) + ", 8 tokens, bf16 + nvfp4",
                   [&](const GpuContext& context, int) { run(context, tokens, RowFormat::kNvfp4, false); });
     }
+    b.latency("hyper_connection_boundary", "hidden " + std::to_string(hidden) + ", 1 token, one Sinkhorn iteration",
+              [&](const GpuContext& context, int) { run(context, 1, RowFormat::kBf16, false, 1); });
     b.latency("hyper_connection head", "hidden " + std::to_string(hidden) + ", 8 tokens", [&](const GpuContext& context, int) { run(context, 8, RowFormat::kBf16, true); });
     b.stream("hyper_connection_boundary", "hidden " + std::to_string(hidden) + ", 4096 tokens, bf16", static_cast<double>(most) * hidden * 2 * (4 + 1 + 4 + 1), "copy", 2,
              [&](const GpuContext& context, int) { run(context, most, RowFormat::kBf16, false); });

@@ -2,7 +2,9 @@
 //
 //   moe_bench check [seed]      many shapes, token counts and routings, both tiers, a16 and a4
 //   moe_bench fuzz N            N random (T, routing) cases on a small shape, 16-bit equality of the tiers and error bound
-//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled64|tiled120] [--act a16|a4] [--json FILE]
+//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled-small|tiled-large] [--act a16|a4] [--json FILE]
+//   moe_bench run SHAPE T TIER  three plain launches, for profilers
+//   moe_bench copies            bulk copies alone, by chunk, depth and order
 //   moe_bench ceilings
 //
 // Method (docs/kernels/moe_sm90.md): R layers per graph, each with its own routing, input and output; L2 flushed before each
@@ -179,7 +181,7 @@ MoePlanInput plan_input(const Shape& s, int64_t tokens, const Tier& tier) {
 MoePlan make_plan(const Shape& s, int64_t tokens, const Tier& tier) {
   const MoePlanInput in = plan_input(s, tokens, tier);
   MoePlan plan = plan_moe(in);
-  if (tier.name.rfind("tiled", 0) == 0) plan.tier = MoeTier::kTiled, plan.tile_rows = tier.name == "tiled120" ? 120 : 64;
+  if (tier.name.rfind("tiled", 0) == 0) plan.tier = MoeTier::kTiled, plan.tile_rows = tier.name == "tiled-large" ? sm90::kTileRowsLarge : sm90::kTileRowsSmall;
   if (tier.name == "stream8") plan.tier = MoeTier::kStream, plan.max_rows = 8;
   if (tier.name == "stream16") plan.tier = MoeTier::kStream, plan.max_rows = 16;
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
@@ -288,7 +290,7 @@ int run_check(uint64_t seed) {
     for (const int64_t tokens : big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
       for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles, Routing::kNone, Routing::kDuplicates}) {
         if (big && tokens > 64 && routing != Routing::kZipf && routing != Routing::kOneExpert) continue;
-        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled64"}, Tier{"tiled120"}, Tier{"tiled64", ActFormat::kNvfp4}, Tier{"tiled120", ActFormat::kNvfp4}}) {
+        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled-small"}, Tier{"tiled-large"}, Tier{"tiled-small", ActFormat::kNvfp4}, Tier{"tiled-large", ActFormat::kNvfp4}}) {
           if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
           ++count;
           failed += !check_case(m, tokens, routing, seed + 1000 * tokens + int(routing), tier, stream.get(), big);
@@ -306,7 +308,7 @@ int run_fuzz(int n, const std::string& shape) {
   const int64_t max_tokens = 160;
   int failed = 0;
   const auto bytes = [&](const Tier& t) { return make_plan(s, max_tokens, t).workspace_bytes; };
-  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled64"})) + 1024);
+  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled-small"})) + 1024);
   init_moe_workspace(workspace.data(), plan_input(s, max_tokens, {}), stream.get());
   for (int i = 0; i < n && failed < 5; ++i) {
     const uint64_t r = mix(i);
@@ -314,7 +316,7 @@ int run_fuzz(int n, const std::string& shape) {
     const Routing routing = static_cast<Routing>((r >> 40) % 6);
     Layer l = make_layer(s, tokens, routing, i, i % 2 == 0, stream.get());
     const Reference ref = make_reference(m, l, ActFormat::kBf16, stream.get());
-    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled64"}, Tier{"tiled120"}}) {
+    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled-small"}, Tier{"tiled-large"}}) {
       if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
       gpu::fill(l.y.data(), 0xff, l.y.bytes(), stream.get());
       run_layer(m, l, tier, make_plan(s, tokens, tier), workspace, stream.get());
@@ -374,15 +376,44 @@ double median_us(gpu::Stream& stream, const DeviceBuffer& flush, int copies, int
   return times[times.size() / 2];
 }
 
-template <int kRows>
-void launch_weights_only(const sm90::MoeStreamArgs& args, int ctas, cudaStream_t stream) {
-  using Traits = sm90::StreamTraits<kRows, sm90::StreamMode::kWeightsOnly>;
+template <class Traits>
+void launch_stream(const sm90::MoeStreamArgs& args, int ctas, cudaStream_t stream) {
   const auto kernel = sm90::moe_stream_kernel<Traits>;
   gpu::allow_smem(kernel, Traits::kSmemBytes);
   gpu::LaunchConfig config;
   config.grid = ctas, config.block = Traits::kThreads, config.smem_bytes = Traits::kSmemBytes, config.stream = stream, config.dependent = true;
   gpu::launch(kernel, config, args);
 }
+
+sm90::MoeStreamArgs stream_args(const Model& m, const Layer& l, const Tier& tier, const DeviceBuffer& workspace) {
+  const Shape& s = m.shape;
+  const MoeWorkspace layout = layout_moe_workspace(plan_input(s, l.tokens, tier), MoeTier::kStream);
+  char* base = workspace.as<char>();
+  sm90::MoeStreamArgs a{};
+  a.experts = m.experts();
+  a.shape = {s.hidden, s.inter, s.experts, s.topk};
+  a.x = l.x.as<bf16>(), a.topk_idx = l.idx.as<int32_t>(), a.topk_weights = l.rho.as<float>(), a.y = l.y.as<bf16>();
+  a.h = reinterpret_cast<bf16*>(base + layout.h), a.slot_y = reinterpret_cast<bf16*>(base + layout.slot_y);
+  a.fc1_done = reinterpret_cast<uint32_t*>(base + layout.fc1_done), a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
+  a.exited = reinterpret_cast<uint32_t*>(base + layout.exited);
+  a.num_tokens = int(l.tokens), a.swiglu_limit = 10.0f;
+  return a;
+}
+#ifdef DSV4_MOE_TRACE
+void print_trace(int ctas) {
+  static unsigned long long t[256 * 8];
+  DSV4_CUDA(cudaMemcpyFromSymbol(t, sm90::moe_trace, sizeof t));
+  unsigned long long zero = ~0ull;
+  for (int c = 0; c < ctas; ++c) zero = std::min(zero, t[c * 8 + 1]);
+  const char* names[] = {"start", "inputs ready", "routed", "first task done", "first fc2 task", "math done", "roles done", "counted"};
+  for (int i = 0; i < 8; ++i) {
+    std::vector<double> v;
+    for (int c = 0; c < ctas; ++c) v.push_back((double(t[c * 8 + i]) - double(zero)) * 1e-3);
+    std::sort(v.begin(), v.end());
+    printf("  %-16s min %7.2f  median %7.2f  max %7.2f us\n", names[i], v[0], v[v.size() / 2], v.back());
+  }
+}
+#endif
 
 struct TimeOptions {
   std::vector<int64_t> tokens{1, 8, 64, 256, 1024, 4096};
@@ -423,18 +454,20 @@ int run_time(const std::string& name, const TimeOptions& options) {
         double stream_us = 0;
         if (plan.tier == MoeTier::kStream && options.weights_only)
           stream_us = median_us(stream, flush, copies, options.samples, 0.1, [&](int i, cudaStream_t on) {
-            sm90::MoeStreamArgs a{};
-            const MoeWorkspace layout = layout_moe_workspace(plan_input(s, tokens, tier), MoeTier::kStream);
-            char* base = workspace.as<char>();
-            a.experts = m.experts();
-            a.shape = {s.hidden, s.inter, s.experts, s.topk};
-            a.x = layers[i].x.as<bf16>(), a.topk_idx = layers[i].idx.as<int32_t>(), a.topk_weights = layers[i].rho.as<float>(), a.y = layers[i].y.as<bf16>();
-            a.h = reinterpret_cast<bf16*>(base + layout.h), a.slot_y = reinterpret_cast<bf16*>(base + layout.slot_y);
-            a.fc1_done = reinterpret_cast<uint32_t*>(base + layout.fc1_done), a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
-            a.exited = reinterpret_cast<uint32_t*>(base + layout.exited);
-            a.num_tokens = int(tokens), a.swiglu_limit = 10.0f;
-            launch_weights_only<8>(a, plan.ctas, on);
+            launch_stream<sm90::StreamTraits<8, sm90::StreamMode::kWeightsOnly>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
           });
+#ifdef DSV4_MOE_TRACE
+        if (plan.tier != MoeTier::kStream) stream_us = 0;
+        else printf("math only: %.1f us\n", median_us(stream, flush, copies, 10, 0.05, [&](int i, cudaStream_t on) {
+                 launch_stream<sm90::StreamTraits<8, sm90::StreamMode::kMathOnly>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
+               }));
+        if (plan.tier == MoeTier::kStream) {
+          median_us(stream, flush, copies, 5, 0.05, [&](int i, cudaStream_t on) {
+            launch_stream<sm90::StreamTraits<8>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
+          });
+          print_trace(plan.ctas);
+        }
+#endif
         const double weights = activated * 3.0 * s.hidden * s.inter * 0.5625;
         const double traffic = tokens * 4.0 * s.hidden + tokens * double(s.topk) * (4.0 * s.inter + 4.0 * s.hidden);
         const double flops = 6.0 * s.hidden * s.inter * s.topk * tokens;
@@ -451,6 +484,76 @@ int run_time(const std::string& name, const TimeOptions& options) {
                   largest, us, floor, floor / us, weights / us * 1e-3, flops / us * 1e-6, stream_us);
       }
   if (json) fclose(json);
+  return 0;
+}
+
+// A few plain launches, for profilers.
+int run_once(const std::string& name, int64_t tokens, const Tier& tier) {
+  gpu::Stream stream;
+  const Shape& s = find_shape(name);
+  const Model m = make_model(s, 11, false, stream.get());
+  const Layer l = make_layer(s, tokens, Routing::kUniform, 1, false, stream.get());
+  const MoePlan plan = make_plan(s, tokens, tier);
+  DeviceBuffer workspace(plan.workspace_bytes);
+  init_moe_workspace(workspace.data(), plan_input(s, tokens, tier), stream.get());
+  for (int i = 0; i < 3; ++i) run_layer(m, l, tier, plan, workspace, stream.get());
+  stream.synchronize();
+  return 0;
+}
+
+// How fast bulk copies into a ring of shared memory go: `chunk` bytes each, `stages` in flight per thread that copies.
+__global__ void __launch_bounds__(128) ring_copy(const uint8_t* data, int64_t bytes, int chunk, int stages, int run, int issuers, bool evict_first) {
+  extern __shared__ __align__(128) uint8_t ring[];
+  __shared__ uint64_t full[64];
+  const int issuer = threadIdx.x / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages * issuers; ++i) ptx::mbarrier_init(&full[i], 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 != 0 || issuer >= issuers) return;
+  const int chunks = int(bytes / chunk), self = blockIdx.x * issuers + issuer, all = gridDim.x * issuers;
+  // runs of `run` chunks are contiguous and belong to one issuer
+  const auto address = [&](int i) { return ((i / run) * all + self) * run + i % run; };
+  uint64_t* mine = full + issuer * stages;
+  uint8_t* buffer = ring + int64_t(issuer) * stages * chunk;
+  const auto issue = [&](int i) {
+    const int a = address(i);
+    if (a >= chunks) return;
+    const int s = i % stages;
+    ptx::mbarrier_arrive_expect_tx(&mine[s], chunk);
+    if (evict_first)
+      ptx::bulk_load(buffer + s * chunk, data + int64_t(a) * chunk, chunk, &mine[s], ptx::L2Hint::kEvictFirst);
+    else
+      ptx::bulk_load(buffer + s * chunk, data + int64_t(a) * chunk, chunk, &mine[s]);
+  };
+  for (int i = 0; i < stages; ++i) issue(i);
+  for (int i = 0; (i / run) * all * run < chunks; ++i) {
+    if (address(i) >= chunks) continue;
+    ptx::mbarrier_wait(&mine[i % stages], (i / stages) & 1);
+    issue(i + stages);
+  }
+}
+int run_copies() {
+  gpu::Stream stream;
+  DeviceBuffer data(int64_t{2415919104}), flush(384 << 20);
+  gpu::fill(data.data(), 3, data.bytes(), stream.get());
+  gpu::fill(flush.data(), 3, flush.bytes(), stream.get());
+  gpu::allow_smem(ring_copy, 226 * 1024);
+  struct Case { int chunk, kib, run, issuers, per_sm; bool evict; };
+  for (const Case c : {Case{9216, 128, 16, 1, 1, true}, Case{9216, 128, 16, 1, 1, false}, Case{9216, 64, 16, 1, 1, false}, Case{9216, 200, 16, 1, 1, false},
+                       Case{4608, 128, 32, 1, 1, false}, Case{2304, 128, 64, 1, 1, false}, Case{18432, 200, 8, 1, 1, false},
+                       Case{9216, 200, 16, 2, 1, false}, Case{4608, 200, 32, 4, 1, false}, Case{9216, 100, 16, 1, 2, false}, Case{4608, 100, 32, 1, 2, false},
+                       Case{9216, 200, 1, 1, 1, false}, Case{2048, 128, 72, 1, 1, false}, Case{8192, 200, 18, 1, 1, false}, Case{9216, 200, 256, 1, 1, false}}) {
+    const int stages = std::min(64 / c.issuers, c.kib * 1024 / c.chunk / c.issuers);
+    for (const int64_t bytes : {int64_t{621} << 20, data.bytes()}) {
+      const double us = median_us(stream, flush, 1, 15, 0.03, [&](int, cudaStream_t s) {
+        ring_copy<<<132 * c.per_sm, 128, c.per_sm == 1 ? 220 * 1024 : 105 * 1024, s>>>(data.as<uint8_t>(), bytes, c.chunk, stages, c.run, c.issuers, c.evict);
+      });
+      printf("ring copy chunk %5d in flight %3d KiB run %3d issuers %d CTAs/SM %d %s: %4lld MB %7.1f us %5.0f GB/s\n", c.chunk, stages * c.issuers * c.chunk * c.per_sm / 1024,
+             c.run, c.issuers, c.per_sm, c.evict ? "evict-first" : "normal     ", (long long)(bytes >> 20), us, bytes / us * 1e-3);
+    }
+  }
   return 0;
 }
 
@@ -491,6 +594,8 @@ int main(int argc, char** argv) {
   try {
     if (mode == "check") return run_check(argc > 2 ? strtoull(argv[2], nullptr, 10) : 1);
     if (mode == "fuzz") return run_fuzz(argc > 2 ? atoi(argv[2]) : 100, argc > 3 ? argv[3] : "small");
+    if (mode == "run" && argc > 4) return run_once(argv[2], strtoll(argv[3], nullptr, 10), {argv[4]});
+    if (mode == "copies") return run_copies();
     if (mode == "ceilings") return run_ceilings();
     if (mode == "time" && argc > 2) {
       TimeOptions options;

@@ -67,7 +67,7 @@ struct Device {
   }
 };
 
-const std::pair<int64_t, int64_t> kShapes[] = {{1, 256}, {3, 1024}, {1, 4096}, {8, 4096}, {37, 4096}, {5, 7168}, {130, 512}, {19, 7168}};
+const std::pair<int64_t, int64_t> kShapes[] = {{1, 512}, {3, 1024}, {1, 4096}, {8, 4096}, {37, 4096}, {5, 7168}, {130, 512}, {19, 7168}};
 
 TEST(GpuHyperConnection, BoundaryEqualsPostThenPreThenNorm) {
   DSV4_NEEDS_GPU();
@@ -112,6 +112,18 @@ TEST(GpuHyperConnection, HeadCollapseEqualsReference) {
     const Difference y_difference = difference(widen(d.y.host()), y);
     EXPECT_LT(y_difference.relative_l2, 2e-4);
     EXPECT_LT(y_difference.share, 0.01);
+  }
+}
+
+TEST(GpuHyperConnection, WidthsWithoutAClusterAreRefused) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const int64_t hidden : {256, 500, 4352, 16384}) {
+    const Inputs in(1, 512, 24);
+    Device d(machine, in);
+    HcBoundaryArgs args = d.args(in, false);
+    args.hidden = hidden;
+    EXPECT_THROW(hyper_connection_boundary(args, machine.gpu), Error) << hidden;
   }
 }
 

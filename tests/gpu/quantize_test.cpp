@@ -170,6 +170,22 @@ TEST(GpuSwigluQuantize, EqualsReferenceForEveryFormat) {
   }
 }
 
+// Long calls look silu up in a table: every bf16 gate, 131 times over.
+TEST(GpuSwigluQuantize, LongCallsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kBf16}) {
+    const Case c{131 * 16 + 3, 4096, format, format == RowFormat::kNvfp4 ? GlobalMode::kPerRow : GlobalMode::kOne};
+    std::vector<bf16> gate(static_cast<size_t>(c.rows * c.cols)), up = to_bf16(random_rows(c.rows, c.cols, 13));
+    for (size_t i = 0; i < gate.size(); ++i) gate[i] = bf16{static_cast<uint16_t>((i & 0x7fff) >= 0x7f80 ? 0x8000 : i)};
+    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, 10.0f, c.rows, c.cols, c.cols, out}, context);
+    });
+  }
+}
+
 // silu has 65536 bf16 inputs. One element a row and u = 2688: the row's global is |silu(g)| in binary32, the code its sign.
 TEST(GpuSwigluQuantize, EveryBf16GateGivesTheReferencesBits) {
   DSV4_NEEDS_GPU();

@@ -58,6 +58,18 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   }
 }
 
+// The same, when the phase was completed from other CTAs of the cluster (store_async_cluster_*).
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(smem_address(barrier)), "r"(parity)
+        : "memory");
+  } while (done == 0);
+}
+
 // ---- fences ----
 
 // Makes mbarrier_init visible to the cluster and to the copy engine; follow with a CTA or cluster barrier.
@@ -100,6 +112,16 @@ __device__ __forceinline__ void store_cluster_f32(uint32_t address, float value)
 }
 __device__ __forceinline__ void store_cluster_f64(uint32_t address, double value) {
   asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(value) : "memory");
+}
+// Stores into another CTA and counts the bytes on an mbarrier there (st.async, 9.7.9.12): no cluster barrier, nothing else is waited for.
+// Both addresses come from map_to_cta with the same rank.
+__device__ __forceinline__ void store_async_cluster_f32(uint32_t address, float value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void store_async_cluster_f64(uint32_t address, double value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address), "l"(__double_as_longlong(value)), "r"(barrier)
+               : "memory");
 }
 __device__ __forceinline__ float load_cluster_f32(uint32_t address) {
   float value;

@@ -97,11 +97,16 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
   const int channel = first_channel + lane * 4;
   const int64_t window_end = window.position + 1;
   Float4 max = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}}, sum = {}, weighted = {};
-#pragma unroll 1
-  for (int first = group * T::kSlotsPerThread; first < (group + 1) * T::kSlotsPerThread; first += T::kBatch) {
-    Float4 gates[T::kBatch], values[T::kBatch];
+  constexpr int kBatches = T::kSlotsPerThread / T::kBatch;
+  Float4 gates[T::kBatch], values[T::kBatch], next_gates[T::kBatch], next_values[T::kBatch];
 #pragma unroll
-    for (int j = 0; j < T::kBatch; ++j) load_slot<T>(args, window, window_end, first + j, channel, values[j], gates[j]);
+  for (int j = 0; j < T::kBatch; ++j) load_slot<T>(args, window, window_end, group * T::kSlotsPerThread + j, channel, values[j], gates[j]);
+#pragma unroll
+  for (int batch = 0; batch < kBatches; ++batch) {
+    if (batch + 1 < kBatches)
+#pragma unroll
+      for (int j = 0; j < T::kBatch; ++j)
+        load_slot<T>(args, window, window_end, group * T::kSlotsPerThread + (batch + 1) * T::kBatch + j, channel, next_values[j], next_gates[j]);
     Float4 new_max = max;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -118,6 +123,8 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
       }
     }
     max = new_max;
+#pragma unroll
+    for (int j = 0; j < T::kBatch; ++j) gates[j] = next_gates[j], values[j] = next_values[j];
   }
   if constexpr (T::kGroups > 1) {
     store4(reinterpret_cast<float*>(&shared.max[group][lane]), max);
@@ -286,9 +293,9 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
   window.gate = common.gate + int64_t{token} * T::kShape.width;
   window.state_value = common.state_value + state;
   window.state_gate = common.state_gate + state;
+  if ((window.position + 1) % T::kShape.ratio == 0) emit<T>(common, window, first_channel, shared);  // the whole cluster
+  // Last, because barriers would wait for these stores; the pooling takes this token from the projections.
   store_token<T>(common, window, window.position, first_channel, static_cast<int>(threadIdx.x), T::kThreads);
-  if ((window.position + 1) % T::kShape.ratio != 0) return;  // the whole cluster
-  emit<T>(common, window, first_channel, shared);
 }
 
 template <class T>

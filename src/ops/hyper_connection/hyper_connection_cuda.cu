@@ -1,6 +1,10 @@
 // hyper_connection_boundary: a cluster holds the mix matrix in its shared memories, 256 (or 512) channels of all four streams a CTA,
-// and takes one tile of tokens after the other. Three exchanges through distributed shared memory per tile: mix sums, squares of the
-// collapsed row, and (for a computed row global) its amax. A ninth warp runs Sinkhorn beside the eight that finish the row.
+// and takes one tile of tokens after the other. Three all-to-all exchanges per tile: mix sums, squares of the collapsed row, and (for a
+// computed row global) its amax; asynchronous stores into the other CTAs that count on an mbarrier there (a cluster barrier would also
+// wait for the streams written to memory). A ninth warp runs Sinkhorn beside the eight that finish the row.
+//
+// Why the exchange buffers may be reused by the next tile: a CTA sends squares only after it has read the mix sums, and sends the next
+// tile's mix sums only after it has read squares and amax; and to send either it must have received the other from every CTA.
 #include <cmath>
 
 #include "gpu/launch.h"
@@ -17,7 +21,7 @@ constexpr int kThreads = kComputeThreads + 32;
 constexpr int kMaxCluster = 16;
 constexpr int kStreams = 4;
 constexpr int kSquareLane = 24;  // of the 32 sums: 0..23 mix, 24 squares
-constexpr uint32_t kComputeBarrier = 1;
+constexpr uint32_t kComputeBarrier = 1, kAllBarrier = 2;
 
 template <int kMix_, int kTokens_, int kChannelsPerThread_>
 struct Traits {
@@ -25,6 +29,7 @@ struct Traits {
   static constexpr int kChannels = kComputeThreads * kPer;
   static constexpr bool kHead = kMix == kStreams;
   struct SharedStorage {
+    alignas(8) uint64_t weights_barrier, mix_barrier, squares_barrier, amax_barrier;
     alignas(16) float fn[kMix][kStreams][kChannels];
     alignas(16) float rows[kTokens][kChannels];
     float warp_sums[kComputeWarps][kTokens][32];
@@ -56,15 +61,16 @@ __device__ __forceinline__ float transpose_sum(float* v) {
     return v[0];
 }
 
+// One warp: the CTA's columns of every row of fn, a bulk copy per (mix, stream).
 template <class T>
 __device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, uint32_t rank, typename T::SharedStorage& shared) {
-  constexpr int kPieces = T::kChannels / 4;
-  for (int i = threadIdx.x; i < T::kMix * kStreams * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces;  // row = mix * 4 + stream
-    ptx::async_copy_16(&shared.fn[0][0][0] + row * T::kChannels + 4 * piece,
-                       args.fn + int64_t{row} * args.hidden + rank * T::kChannels + 4 * piece);
-  }
-  ptx::async_copy_commit();
+  const uint32_t lane = threadIdx.x % 32;
+  if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.weights_barrier, sizeof(shared.fn));
+  __syncwarp();
+#pragma unroll 1
+  for (uint32_t row = lane; row < T::kMix * kStreams; row += 32)  // row = mix * 4 + stream
+    ptx::bulk_load(&shared.fn[0][0][0] + row * T::kChannels, args.fn + int64_t{row} * args.hidden + rank * T::kChannels, T::kChannels * sizeof(float),
+                   &shared.weights_barrier, ptx::L2Hint::kEvictLast);
 }
 
 // New streams of the tile's tokens, in registers and (with a sub-layer output) in memory. Absent tokens give zeros. Everything is
@@ -126,6 +132,13 @@ __device__ __forceinline__ float mix_value(const HcBoundaryArgs& args, int t, ui
   return sum * __frcp_rn(__fsqrt_rn(squares / static_cast<float>(kStreams * args.hidden) + args.rms_eps));
 }
 
+// 1/d[i] for four numbers with one reciprocal: the special-function unit takes a warp's worth in eight clocks, and this chain is
+// the longest of the kernel.
+__device__ __forceinline__ void reciprocals(const float (&d)[4], float (&r)[4]) {
+  const float d01 = d[0] * d[1], d23 = d[2] * d[3], all = ptx::rcp_approx(d01 * d23), r01 = all * d23, r23 = all * d01;
+  r[0] = r01 * d[1], r[1] = r01 * d[0], r[2] = r23 * d[3], r[3] = r23 * d[2];
+}
+
 // Rows, then columns, each divided by its sum + eps; c is row-major.
 __device__ __forceinline__ void sinkhorn(float (&c)[16], int iters, float eps) {
 #pragma unroll
@@ -137,24 +150,22 @@ __device__ __forceinline__ void sinkhorn(float (&c)[16], int iters, float eps) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) c[4 * j + k] = c[4 * j + k] * factor + eps;
   }
+  float d[4], r[4];
   const auto columns = [&] {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float d = (c[k] + c[4 + k]) + (c[8 + k] + c[12 + k]) + eps;
-      const float approximate = ptx::rcp_approx(d), factor = __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
+    for (int k = 0; k < 4; ++k) d[k] = (c[k] + c[4 + k]) + (c[8 + k] + (c[12 + k] + eps));
+    reciprocals(d, r);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) c[4 * j + k] *= factor;
-    }
+    for (int i = 0; i < 16; ++i) c[i] *= r[i % 4];
   };
   columns();
+#pragma unroll 1
   for (int iter = 1; iter < iters; ++iter) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float d = (c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + c[4 * j + 3]) + eps;
-      const float approximate = ptx::rcp_approx(d), factor = __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
+    for (int j = 0; j < 4; ++j) d[j] = (c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + (c[4 * j + 3] + eps));
+    reciprocals(d, r);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) c[4 * j + k] *= factor;
-    }
+    for (int i = 0; i < 16; ++i) c[i] *= r[i / 4];
     columns();
   }
 }
@@ -218,7 +229,8 @@ __device__ __forceinline__ void mix(const float (&x)[T::kTokens][kStreams][T::kP
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_sums[w][t][lane];
-    for (uint32_t r = warp; r < cluster; r += kComputeWarps) ptx::store_cluster_f32(ptx::map_to_cta(&shared.cluster_sums[rank][t][lane], r), sum);
+    for (uint32_t r = warp; r < cluster; r += kComputeWarps)
+      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.cluster_sums[rank][t][lane], r), sum, ptx::map_to_cta(&shared.mix_barrier, r));
   }
 }
 
@@ -235,13 +247,13 @@ __device__ __forceinline__ void send_squares(const float (&y)[T::kTokens][T::kPe
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane == 0) shared.warp_squares[warp][t] = sum;
   }
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  ptx::named_barrier_sync(kAllBarrier, kThreads);  // the ninth warp arrives once it has read the mix sums
   if (threadIdx.x < cluster * T::kTokens) {
     const uint32_t to = threadIdx.x / T::kTokens, t = threadIdx.x % T::kTokens;
     double sum = 0;
 #pragma unroll
     for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_squares[w][t];
-    ptx::store_cluster_f64(ptx::map_to_cta(&shared.cluster_squares[rank][t], to), sum);
+    ptx::store_async_cluster_f64(ptx::map_to_cta(&shared.cluster_squares[rank][t], to), sum, ptx::map_to_cta(&shared.squares_barrier, to));
   }
 }
 template <class T>
@@ -262,7 +274,7 @@ __device__ __forceinline__ void send_amax(const float (&y)[T::kTokens][T::kPer],
     float amax = 0;
 #pragma unroll
     for (int w = 0; w < kComputeWarps; ++w) amax = fmaxf(amax, shared.warp_amax[w][t]);
-    ptx::store_cluster_f32(ptx::map_to_cta(&shared.cluster_amax[rank][t], to), amax);
+    ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.cluster_amax[rank][t], to), amax, ptx::map_to_cta(&shared.amax_barrier, to));
   }
 }
 
@@ -298,21 +310,29 @@ __device__ __forceinline__ void write_rows(const HcBoundaryArgs& args, const Qua
   }
 }
 
-// The eight warps that own the channels.
+// The eight warps that own the channels. parity: of this tile's exchanges.
 template <class T>
-__device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster, bool first,
-                                         typename T::SharedStorage& shared) {
-  float x[T::kTokens][kStreams][T::kPer];
+__device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster, uint32_t parity,
+                                         bool first, typename T::SharedStorage& shared) {
+  const bool computes_global = args.out.global_mode == GlobalMode::kComputeRow;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect_tx(&shared.mix_barrier, cluster * sizeof(shared.cluster_sums[0]));
+    ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, cluster * sizeof(shared.cluster_squares[0]));
+    if (computes_global) ptx::mbarrier_arrive_expect_tx(&shared.amax_barrier, cluster * sizeof(shared.cluster_amax[0]));
+  }
+  float x[T::kTokens][kStreams][T::kPer], norm_weight[T::kPer];
+#pragma unroll
+  for (int c = 0; c < T::kPer; ++c)  // long before its use
+    norm_weight[c] = args.norm_weight ? decode_bf16(args.norm_weight[rank * T::kChannels + threadIdx.x + c * kComputeThreads]) : 0.0f;
   spread<T>(args, first_token, rank, x, shared);
-  if (first) {  // weights have arrived, and every CTA of the cluster runs
-    ptx::async_copy_wait<0>();
-    __syncthreads();
-    ptx::cluster_wait();
+  if (first) {
+    ptx::mbarrier_wait(&shared.weights_barrier, 0);
+    ptx::cluster_wait();  // every CTA runs and has its barriers
   }
   mix<T>(x, rank, cluster, shared);
-  ptx::cluster_sync();  // mix sums
   if (threadIdx.x / 32 < T::kTokens) {
     const int t = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+    ptx::mbarrier_wait_cluster(&shared.mix_barrier, parity);
     const float m = mix_value<T>(args, t, cluster, shared);
     if (lane < kStreams) shared.pre[t][lane] = sigmoid(m * args.scale[0] + args.base[lane]) + args.hc_eps;
   }
@@ -327,8 +347,8 @@ __device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const Quant
       for (int j = 1; j < kStreams; ++j) sum = __fmaf_rn(shared.pre[t][j], x[t][j][c], sum);
       y[t][c] = round_bf16(sum);
     }
-  if (args.norm_weight) send_squares<T>(y, rank, cluster, shared);
-  ptx::cluster_sync();  // squares; also: cluster_sums may be overwritten
+  send_squares<T>(y, rank, cluster, shared);
+  ptx::mbarrier_wait_cluster(&shared.squares_barrier, parity);
   if (args.norm_weight) {
 #pragma unroll
     for (int t = 0; t < T::kTokens; ++t) {
@@ -336,54 +356,54 @@ __device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const Quant
       for (uint32_t r = 0; r < cluster; ++r) sum += shared.cluster_squares[r][t];
       const float factor = __frcp_rn(__fsqrt_rn(static_cast<float>(sum) / static_cast<float>(args.hidden) + args.rms_eps));
 #pragma unroll
-      for (int c = 0; c < T::kPer; ++c)
-        y[t][c] = round_bf16(decode_bf16(args.norm_weight[rank * T::kChannels + threadIdx.x + c * kComputeThreads]) * (y[t][c] * factor));
+      for (int c = 0; c < T::kPer; ++c) y[t][c] = round_bf16(norm_weight[c] * (y[t][c] * factor));
     }
   }
-  if (args.out.global_mode == GlobalMode::kComputeRow) {
+  if (computes_global) {
     send_amax<T>(y, rank, cluster, shared);
-    ptx::cluster_sync();
+    ptx::mbarrier_wait_cluster(&shared.amax_barrier, parity);
   }
   write_rows<T>(args, shape, first_token, rank, cluster, y, shared);
   ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);  // shared.rows and pre are free again
 }
 
-// The ninth warp: takes part in every cluster barrier, and runs Sinkhorn between arriving at the second and waiting for it.
+// The ninth warp: in the cluster's first CTA post and comb, in the others nothing but arriving.
 template <class T>
-__device__ __forceinline__ void run_tile_ninth_warp(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, uint32_t cluster, bool first,
+__device__ __forceinline__ void run_tile_ninth_warp(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, uint32_t cluster, uint32_t parity, bool first,
                                                     typename T::SharedStorage& shared) {
-  if (first) {
-    ptx::async_copy_wait<0>();
-    __syncthreads();
-    ptx::cluster_wait();
-  }
   const bool mixes = !T::kHead && rank == 0;
-  ptx::cluster_sync();
+  if (first) ptx::cluster_wait();
+  ptx::mbarrier_wait_cluster(&shared.mix_barrier, parity);  // in every CTA: keeps this warp in step with the others
   if (mixes) write_post<T>(args, first_token, cluster, shared);
-  ptx::cluster_arrive();  // cluster_sums have been read
+  ptx::named_barrier_arrive(kAllBarrier, kThreads);  // mix sums have been read
   if (mixes) write_comb<T>(args, first_token, shared);
-  ptx::cluster_wait();
-  if (args.out.global_mode == GlobalMode::kComputeRow) ptx::cluster_sync();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, T::kPer == 1 ? 2 : 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, uint32_t cluster) {
   extern __shared__ __align__(16) uint8_t storage[];
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
-  ptx::cluster_arrive();
   const uint32_t rank = ptx::cluster_cta_rank();
-  load_weights<T>(args, rank, shared);  // weights do not depend on the predecessor
+  const bool computes = threadIdx.x < kComputeThreads;
+  if (threadIdx.x == kComputeThreads) {
+    for (uint64_t* barrier : {&shared.weights_barrier, &shared.mix_barrier, &shared.squares_barrier, &shared.amax_barrier}) ptx::mbarrier_init(barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  ptx::cluster_arrive();
+  if (!computes) load_weights<T>(args, rank, shared);  // weights do not depend on the predecessor
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int64_t num_tiles = (args.num_tokens + T::kTokens - 1) / T::kTokens, num_clusters = gridDim.x / cluster;
-  const bool computes = threadIdx.x < kComputeThreads;
   bool first = true;
+  uint32_t parity = 0;
   for (int64_t tile = blockIdx.x / cluster; tile < num_tiles; tile += num_clusters) {
     if (computes)
-      run_tile<T>(args, shape, tile * T::kTokens, rank, cluster, first, shared);
+      run_tile<T>(args, shape, tile * T::kTokens, rank, cluster, parity, first, shared);
     else
-      run_tile_ninth_warp<T>(args, tile * T::kTokens, rank, cluster, first, shared);
+      run_tile_ninth_warp<T>(args, tile * T::kTokens, rank, cluster, parity, first, shared);
     first = false;
+    parity ^= 1;
   }
   if (computes) zero_sf_padding(args.out, shape, blockIdx.x * kComputeThreads + threadIdx.x, gridDim.x * kComputeThreads);
 }
@@ -411,14 +431,14 @@ void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContex
 void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& context) {
   constexpr const char* kOp = "hyper_connection_boundary";
   const bool narrow = args.hidden % 256 == 0 && args.hidden / 256 <= kMaxCluster;
-  DSV4_GPU_REQUIRE(kOp, args.hidden > 0 && (narrow || (args.hidden % 512 == 0 && args.hidden / 512 <= kMaxCluster)), "hidden = %lld", static_cast<long long>(args.hidden));
+  DSV4_GPU_REQUIRE(kOp, args.hidden >= 512 && (narrow || (args.hidden % 512 == 0 && args.hidden / 512 <= kMaxCluster)), "hidden = %lld", static_cast<long long>(args.hidden));
   DSV4_GPU_REQUIRE(kOp, args.num_tokens >= 0 && args.num_tokens * (args.hidden / 16) < (int64_t{1} << 31), "num_tokens = %lld", static_cast<long long>(args.num_tokens));
   DSV4_GPU_REQUIRE(kOp, args.out.format == RowFormat::kBf16 ? args.out.y != nullptr : args.out.codes && args.out.sf, "an output pointer is null");
   DSV4_GPU_REQUIRE(kOp, !args.sublayer_out || (args.post && args.comb && args.streams_out), "post, comb or streams_out is null");
   DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
   if (args.num_tokens == 0) return;
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
-  const bool many = args.num_tokens > 4;  // two tokens a tile halve the reads of the weights
+  const bool many = args.num_tokens > 8;  // two tokens a tile halve the reads of the weights
   if (args.head)
     narrow ? run<Traits<4, 1, 1>>(args, shape, context) : run<Traits<4, 1, 2>>(args, shape, context);
   else if (many)

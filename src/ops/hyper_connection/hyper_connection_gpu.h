@@ -28,7 +28,7 @@ struct HcBoundaryArgs {
   const bf16* norm_weight;    // [hidden]; nullptr: the collapsed row itself goes to out
   QuantizedRows out;          // [num_tokens, hidden]; out.y beside the codes if not nullptr
   int64_t num_tokens;         // 0 is legal
-  int64_t hidden;             // multiple of 256 up to 4096, or of 512 up to 8192
+  int64_t hidden;             // multiple of 256 from 512 (asynchronous cluster stores need a cluster) to 4096, or of 512 up to 8192
   int sinkhorn_iters;
   float hc_eps, rms_eps;
 };

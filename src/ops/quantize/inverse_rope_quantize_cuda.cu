@@ -15,6 +15,9 @@ struct InverseRopeSource {
   bool groups_by_rotation;
   gpu::FastDiv by_tokens;
 
+  using Shared = NoShared;
+  static constexpr uint32_t kMaxVecsPerThread = 1;  // the rotation's operands double otherwise (docs/kernels/inverse_rope_quantize.md)
+  __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 low, high;
     float4 cos[2], sin[2];  // rotated vectors only

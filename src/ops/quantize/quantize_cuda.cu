@@ -9,6 +9,9 @@ struct Bf16Source {
   const bf16* x;
   uint32_t stride;  // 16-byte pieces
 
+  using Shared = NoShared;
+  static constexpr uint32_t kMaxVecsPerThread = 4;
+  __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 low, high;
   };
@@ -24,6 +27,9 @@ struct F32Source {
   const float* x;
   uint32_t stride;  // 16-byte pieces
 
+  using Shared = NoShared;
+  static constexpr uint32_t kMaxVecsPerThread = 4;
+  __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 piece[4];
   };

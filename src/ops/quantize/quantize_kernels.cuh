@@ -5,7 +5,8 @@
 //     struct Raw;                                               // registers of one vector, as loaded
 //     Raw load(uint32_t row, uint32_t vec) const;               // elements 16 vec .. 16 vec + 15 of the row
 //     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[16]) const;
-//     uint32_t order(uint32_t thread) const;                    // which of a CTA's 256 vectors the thread takes; keeps aligned eights
+//     uint32_t order(uint32_t thread) const;                    // which of 256 vectors the thread takes; keeps aligned eights
+//     struct Shared; void prepare(Shared&);                     // stream kernel: fills and keeps shared memory; nothing for most
 //   };
 // A lane holds one NVFP4 group; eight neighbouring lanes share an FP8 block: all lanes of a warp take part in exchanges.
 #pragma once
@@ -24,6 +25,9 @@ namespace dsv4 {
 
 constexpr int kStreamThreads = 256;
 constexpr int kRowThreadsMax = 512;
+constexpr uint32_t kStreamCtasPerSm = 4;
+
+struct NoShared {};
 
 struct QuantizeShape {
   uint32_t num_rows;
@@ -100,23 +104,54 @@ __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const 
   }
 }
 
-// A vector a thread: many small CTAs hide latency better here than several vectors a thread (docs/kernels/quantize.md).
+// A CTA takes vecs_per_thread * 256 consecutive vectors; a thread loads its next vector before it works on the current one.
 template <class Source>
-__global__ void __launch_bounds__(kStreamThreads) quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape) {
+__global__ void __launch_bounds__(kStreamThreads) quantize_stream(Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
+  __shared__ typename Source::Shared shared;
+  source.prepare(shared);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const uint32_t first = blockIdx.x * kStreamThreads, v = first + source.order(threadIdx.x);
-  if (first + threadIdx.x / 32 * 32 < shape.num_vecs) {  // whole warps
-    const uint32_t row = shape.by_vecs_per_row.quotient(v), vec = v - row * shape.vecs_per_row;
-    const bool valid = v < shape.num_vecs;
-    typename Source::Raw raw;
-    if (valid) raw = source.load(row, vec);
-    float global = 1.0f, x[16] = {};
-    if (out.global_mode == GlobalMode::kGiven) global = out.global[0];
-    if (out.global_mode == GlobalMode::kPerRow && valid) global = out.global[row];
-    const float rcp6 = nvfp4_rcp6({global});
-    if (valid) source.values(raw, row, vec, x);
-    write_vector(out, shape, row, vec, valid, x, global, rcp6);
+  const uint32_t ordered = source.order(threadIdx.x);
+  uint32_t first = blockIdx.x * vecs_per_thread * kStreamThreads;
+  float global = out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
+  float rcp6 = nvfp4_rcp6({global});
+  if constexpr (Source::kMaxVecsPerThread == 1) {
+    if (first + threadIdx.x / 32 * 32 < shape.num_vecs) {  // whole warps
+      const uint32_t v = first + ordered, row = shape.by_vecs_per_row.quotient(v), vec = v - row * shape.vecs_per_row;
+      const bool valid = v < shape.num_vecs;
+      float x[16] = {};
+      if (valid) {
+        const typename Source::Raw raw = source.load(row, vec);
+        if (out.global_mode == GlobalMode::kPerRow) {
+          global = out.global[row];
+          rcp6 = nvfp4_rcp6({global});
+        }
+        source.values(raw, row, vec, x);
+      }
+      write_vector(out, shape, row, vec, valid, x, global, rcp6);
+    }
+  } else {
+    typename Source::Raw raw, next;
+    uint32_t row = shape.by_vecs_per_row.quotient(first + ordered), vec = first + ordered - row * shape.vecs_per_row;
+    if (first + ordered < shape.num_vecs) raw = source.load(row, vec);
+#pragma unroll 1
+    for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
+      if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
+      const uint32_t next_v = first + kStreamThreads + ordered;
+      const uint32_t next_row = shape.by_vecs_per_row.quotient(next_v), next_vec = next_v - next_row * shape.vecs_per_row;
+      if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec);
+      const bool valid = first + ordered < shape.num_vecs;
+      float x[16] = {};
+      if (valid) {
+        if (out.global_mode == GlobalMode::kPerRow) {
+          global = out.global[row];
+          rcp6 = nvfp4_rcp6({global});
+        }
+        source.values(raw, row, vec, x);
+      }
+      write_vector(out, shape, row, vec, valid, x, global, rcp6);
+      raw = next, row = next_row, vec = next_vec;
+    }
   }
   zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
 }
@@ -254,9 +289,12 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
     else
       gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
   } else {
-    config.grid = (shape.num_vecs + kStreamThreads - 1) / kStreamThreads;
+    // Enough CTAs to fill the machine several times over, then more vectors a thread.
+    const uint32_t waves = shape.num_vecs / (static_cast<uint32_t>(context.num_sms) * kStreamThreads * kStreamCtasPerSm);
+    const uint32_t vecs_per_thread = waves < 1 ? 1 : waves > Source::kMaxVecsPerThread ? Source::kMaxVecsPerThread : waves;
+    config.grid = (shape.num_vecs + kStreamThreads * vecs_per_thread - 1) / (kStreamThreads * vecs_per_thread);
     config.block = kStreamThreads;
-    gpu::launch(quantize_stream<Source>, config, source, out, shape);
+    gpu::launch(quantize_stream<Source>, config, source, out, shape, vecs_per_thread);
   }
 }
 
