@@ -101,7 +101,10 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
   if (serial) {
     for (int64_t idx = 0; idx < tasks_per_chunk * num_chunks; ++idx) task(idx);
   } else {
-    context.pool.parallel_for(tasks_per_chunk * num_chunks, task);
+    const SpreadTasks spread{tasks_per_chunk * num_chunks, context.pool.num_threads()};
+    context.pool.parallel_for(spread.num_indices(), [&](int64_t idx) {
+      if (const int64_t mine = spread.task(idx); mine < spread.count) task(mine);
+    });
   }
 }
 

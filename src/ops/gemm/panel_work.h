@@ -57,6 +57,17 @@ class PreparedRows {
   std::vector<const std::byte*> rows_;
 };
 
+// Hands out count tasks in an order in which neighbours do not run at the same time: task idx of the pool becomes task
+// idx / ways of stretch idx % ways. Neighbouring panels share cache lines of the output (64 bytes a row, seldom aligned);
+// two threads on them at once passed each line back and forth for every row (demo shapes, 256 rows: no gain from a second
+// thread before, see docs/kernels/cpu.md). It also lets each thread read one long stretch of weights.
+struct SpreadTasks {
+  int64_t count, ways;
+  int64_t stretch() const { return ceil_div(count, ways); }
+  int64_t num_indices() const { return stretch() * ways; }
+  int64_t task(int64_t idx) const { return idx % ways * stretch() + idx / ways; }  // >= count: nothing to do
+};
+
 // out: [num_x, 16] = 16 rows of w from row_begin (a multiple of 16) times x.
 void run_panel(const PanelKernels& kernels, const Weight& w, int64_t row_begin, ActForm form, const std::byte* const* x,
                int64_t num_x, float* out);

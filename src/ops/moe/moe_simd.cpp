@@ -196,7 +196,10 @@ class MoeRun {
   // A task is 16 hidden rows for a range of tokens; all experts, so the sum over experts needs no second pass.
   void run_fc2() {
     const int64_t num_panels = ceil_div(args_.hidden, kPanelRows);
-    for_each(num_panels, true, [&](int64_t panel) { fc2_panel(panel * kPanelRows); });
+    const SpreadTasks spread{num_panels, pool_.num_threads()};
+    for_each(spread.num_indices(), true, [&](int64_t idx) {
+      if (const int64_t panel = spread.task(idx); panel < num_panels) fc2_panel(panel * kPanelRows);
+    });
   }
 
   void fc2_panel(int64_t row) {
