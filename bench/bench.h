@@ -20,7 +20,7 @@ struct BenchOptions {
   std::string shape = "flash";              // flash, pro, demo
   std::vector<int64_t> rows{1, 2, 4, 8, 32, 128, 512};
   std::string filter;                       // only cases whose name contains it
-  int64_t working_set_bytes = 384 << 20;    // weights rotated over, larger than the last-level cache
+  int64_t working_set_bytes = 1280ll << 20;  // weights rotated over: larger than the last-level cache (300 MiB on big Xeons)
   int min_reps = 20;
   double min_seconds = 0.3;                 // per case
   double max_seconds = 3.0;                 // a case stops here whatever min_reps says (never below 3 repetitions)

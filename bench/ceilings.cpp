@@ -14,7 +14,7 @@
 namespace dsv4::bench {
 namespace {
 
-constexpr int64_t kStreamBytes = 512ll << 20;
+constexpr int64_t kStreamBytes = 1024ll << 20;
 constexpr int64_t kStreamChunk = 1 << 20;
 
 struct Free {

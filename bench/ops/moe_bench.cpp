@@ -47,7 +47,7 @@ void bench_moe(Bench& bench) {
   ModelShape shape = model_shape(bench.options().shape);
   const int64_t expert_bytes = 3 * shape.hidden * shape.inter * 9 / 16;
   // As many experts as the working set holds, packed and stored; the routing is uniform over them.
-  const int64_t fitting = bench.options().working_set_bytes * 2 / expert_bytes;
+  const int64_t fitting = bench.options().working_set_bytes / expert_bytes;
   shape.num_experts = static_cast<int>(std::clamp<int64_t>(fitting, shape.num_topk, shape.num_experts));
   Layer layer;
   std::vector<Weight*> list;

@@ -1,6 +1,6 @@
 // Panel kernels for AVX-512 with VNNI: binary32 products (exact and a16), int8 quad products (a4).
 //
-// Not here: vdpbf16ps. On the machine measured (Sapphire Rapids) it runs at half the rate of binary32 FMA, so an a16 GEMM on
+// Not here: vdpbf16ps. On the machine measured (Emerald Rapids) it runs at half the rate of binary32 FMA, so an a16 GEMM on
 // it lost to the one that is also exact (docs/kernels/cpu.md).
 #include <immintrin.h>
 
@@ -88,7 +88,7 @@ inline __m512 load_sf(const std::byte* sf) {
 
 inline __m512i load_codes(const std::byte* p) { return _mm512_load_si512(p); }
 
-// How far ahead of the stream, and into which cache: measured on Sapphire Rapids, 2 threads (docs/kernels/cpu.md). One or
+// How far ahead of the stream, and into which cache: measured on Emerald Rapids, 2 threads (docs/kernels/cpu.md). One or
 // two rows of int8 products are bound by memory and want to be far ahead, in L2; slower kernels want L1, nearer.
 template <int kRecordsAhead>
 inline void prefetch_record(const std::byte* record) {
