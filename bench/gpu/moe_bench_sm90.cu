@@ -269,8 +269,9 @@ bool check_case(const Model& m, int64_t tokens, Routing routing, uint64_t seed, 
   const bool same = ok;
   const Reference r = make_reference(m, l, tier.act, stream);
   const Comparison c = compare(l.y.as<bf16>(), r.y.as<float>(), nullptr, tokens * s.hidden, stream);
-  // sums in another order move a value across a rounding boundary of bf16 (or, a4, of e2m1) now and then
-  const double bound = tier.act == ActFormat::kBf16 ? 1e-3 : 2e-2;
+  // Sums in another order move gate, up, h or y across a rounding boundary of bf16 (a step of 2^-8 relative) for a few per cent
+  // of the elements, more with wgmma, which truncates its sums; in a4 a moved h can move an e2m1 code as well.
+  const double bound = tier.act == ActFormat::kBf16 ? 2e-3 : 2e-2;
   ok = ok && c.bad == 0 && c.relative < bound;
   if (verbose || !ok)
     printf("%s %-6s T=%-5lld %-10s %-8s %s relative error %.2e%s%s\n", ok ? "ok  " : "FAIL", s.name, (long long)tokens,

@@ -22,6 +22,18 @@ __device__ __forceinline__ uint32_t add_acq_rel(uint32_t* pointer, uint32_t valu
 // Orders ordinary and copy-engine accesses to global and shared memory, both ways.
 __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// One try of an mbarrier phase that may sleep in hardware for up to 10 ms: a warp that waits must not take issue slots from
+// warps that decode.
+__device__ __forceinline__ bool mbarrier_try_wait_long(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 10000000;\n selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Spins until ready(). With -DDSV4_SPIN_TIMEOUT=cycles a wait that long prints what, where and two numbers, and traps.
 template <class Ready>
 __device__ __forceinline__ void spin_until(const Ready& ready, const char* what, int a, int b) {

@@ -26,7 +26,7 @@ constexpr int kMoeMaxExperts = 1024;
 
 // ---- streaming tier: everything in one launch, few rows per expert ----
 
-constexpr int kStreamMaxSlots = 1024;  // num_tokens * num_topk
+constexpr int kStreamMaxSlots = 2048;  // num_tokens * num_topk
 
 // Counters in the workspace: zero before the first launch, zero again after every launch.
 struct MoeStreamArgs {
@@ -54,7 +54,7 @@ void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaSt
 // (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row after row of 128
 // bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk copy each.
 
-constexpr int kTileRowsSmall = 64, kTileRowsLarge = 120;  // what tile_rows can be
+constexpr int kTileRowsSmall = 32, kTileRowsLarge = 120;  // what tile_rows can be
 
 struct MoeTile {
   int expert;

@@ -1,10 +1,10 @@
 // Streaming tier of the MoE layer on Hopper: routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert.
 //
-// Bandwidth is everything here, so weights never wait for anything but ring space: one producer thread copies packed strips
-// in task order (all of fc1, then all of fc2) while a second warp brings the token rows, which do wait (fc2's for the h of
+// Bandwidth is everything here, so weights never wait for anything but ring space: two producer threads copy packed strips
+// in task order (all of fc1, then all of fc2) while two warps bring the token rows, which do wait (fc2's for the h of
 // their chunk). Task = 64 weight rows x up to 16 token rows of one expert. Math warps decode fragments straight from the ring
-// into mma.sync m16n8k16 (weights are the M side) with no decoded copy anywhere; four groups of four warps take ring stages
-// in turn (split-K inside the CTA) and add their sums in a fixed order. mma.sync and not wgmma: at 8-16 columns the tensor
+// into mma.sync m16n8k16 (weights are the M side) with no decoded copy anywhere; groups of four warps take ring stages in turn
+// (split-K inside the CTA) and add their sums in a fixed order. mma.sync and not wgmma: at 8-16 columns the tensor
 // cores are idle anyway, and its token fragments come from unpermuted rows.
 #pragma once
 
@@ -26,7 +26,11 @@ struct StreamTraits {
   static constexpr StreamMode kMode = kMode_;
   static constexpr int kGroups = 4;                  // split-K groups of four warps
   static constexpr int kMathWarps = 4 * kGroups;
-  static constexpr int kThreads = 32 * (kMathWarps + 2);
+  static constexpr int kLoaders = 2;                 // warps that copy weights, and as many that copy rows: one alone takes
+                                                     // 350 ns a stage, too long at 34 bytes/ns
+  static constexpr int kFinishWarps = 4;             // add the groups' sums and run the epilogue, so that decoding never stops for it
+  static constexpr int kBuffers = kMaxRows == 8 ? 4 : 2;  // tasks whose sums may wait for them
+  static constexpr int kThreads = 32 * (kMathWarps + kFinishWarps + 2 * kLoaders);
   static constexpr int kStageBlocks = 4;             // K256
   static constexpr int kWeightBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kRowPitch = kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
@@ -35,16 +39,16 @@ struct StreamTraits {
   static constexpr int kPartialFloats = kMathWarps * 32 * 4 * kTiles;
 
   struct Shared {
-    float partial[2][kPartialFloats];
+    float partial[kBuffers][kPartialFloats];
     float rho[kStreamMaxSlots];
     uint16_t slots[kStreamMaxSlots];                 // sorted by expert, then token
     uint8_t order[kStreamMaxSlots];                  // per token: its topk positions by expert id
     uint16_t chunk_expert[kStreamMaxSlots];
     uint16_t chunk_first[kStreamMaxSlots];
     uint16_t chunk_rows[kStreamMaxSlots];
-    uint64_t partial_full[2], partial_empty[2];
+    uint64_t partial_full[kBuffers], partial_empty[kBuffers];
     int num_chunks;
-    uint32_t flag[kGroups];
+    uint32_t flag;
   };
   static constexpr int kMaxSmem = 227 * 1024;
   static constexpr int kRingOffset = (sizeof(Shared) + 16 * 32 + 127) / 128 * 128;
@@ -170,17 +174,20 @@ __device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename
   __syncthreads();
 }
 
+// Loader `self` of kLoaders takes every kLoaders-th stage.
 template <class Traits>
 __device__ void stream_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                    uint64_t* empty, int strips1, int strips2) {
+                                    uint64_t* empty, int strips1, int strips2, int self) {
   if (threadIdx.x % 32 != 0) return;
   const int tasks = shared.num_chunks * (strips1 + strips2);
   RingPosition<Traits::kStages> at;
+  int turn = 0;
   for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
     const StreamTask task = stream_task(args, shared, v, strips1, strips2);
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
+    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
+      if (turn != self) continue;
       const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * kMoeBlockBytes;
-      spin_until([&] { return ptx::mbarrier_try_wait(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for weights", v, block);
+      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for weights", v, block);
       if constexpr (Traits::kMode == StreamMode::kMathOnly) {
         ptx::mbarrier_arrive(&full[at.stage]);
       } else {
@@ -188,18 +195,17 @@ __device__ void stream_load_weights(const MoeStreamArgs& args, const typename Tr
         ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * kMoeBlockBytes, bytes,
                        &full[at.stage], ptx::L2Hint::kEvictFirst);
       }
-      at.advance();
     }
   }
 }
 
 template <class Traits>
 __device__ void stream_load_rows(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                 uint64_t* empty, int strips1, int strips2) {
+                                 uint64_t* empty, int strips1, int strips2, int self) {
   const int lane = threadIdx.x % 32;
   const int tasks = shared.num_chunks * (strips1 + strips2);
   RingPosition<Traits::kStages> at;
-  int ready_chunk = -1;
+  int ready_chunk = -1, turn = 0;
   for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
     const StreamTask task = stream_task(args, shared, v, strips1, strips2);
     const int rows = shared.chunk_rows[task.chunk];
@@ -215,15 +221,15 @@ __device__ void stream_load_rows(const MoeStreamArgs& args, const typename Trait
       source = task.is_fc2 ? args.h + static_cast<int64_t>(slot) * args.shape.inter
                            : args.x + static_cast<int64_t>(slot / args.shape.num_topk) * args.shape.hidden;
     }
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
+    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
+      if (turn != self) continue;
       const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * 128;
-      spin_until([&] { return ptx::mbarrier_try_wait(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows", v, block);
+      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows", v, block);
       if (lane == 0) ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes * rows);
       __syncwarp();
       if (lane < rows)
         ptx::bulk_load(ring + at.stage * Traits::kStageBytes + Traits::kWeightBytes + lane * Traits::kRowPitch,
                        source + block * kMoeBlockCols, bytes, &full[at.stage]);
-      at.advance();
     }
   }
 }
@@ -269,7 +275,7 @@ __device__ __forceinline__ void stream_multiply(const StreamOperands<kTiles>& o,
 template <class Traits, int kTiles>
 __device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks, int warp, int lane, float (&sum)[2][kTiles][4]) {
   StreamOperands<kTiles> o[2];
-  if (blocks >= Traits::kStageBlocks) {
+  if (kTiles == 1 && blocks >= Traits::kStageBlocks) {
     stream_fetch<Traits>(o[0], stage_address, 0, warp, lane);
 #pragma unroll
     for (int block = 0; block < Traits::kStageBlocks; ++block) {
@@ -278,7 +284,7 @@ __device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks,
     }
   } else {
 #pragma unroll 1
-    for (int block = 0; block < blocks; ++block) {
+    for (int block = 0; block < min(blocks, Traits::kStageBlocks); ++block) {
       stream_fetch<Traits>(o[0], stage_address, block, warp, lane);
       stream_multiply(o[0], sum);
     }
@@ -288,21 +294,20 @@ __device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks,
 // The sums of one task's stages that belong to this group, left in shared.partial for the group that finishes the task.
 template <class Traits, int kTiles>
 __device__ __forceinline__ void stream_task_sums(uint8_t* ring, uint64_t* full, uint64_t* empty, const StreamTask& task, int group,
-                                                 int warp, int lane, RingPosition<Traits::kStages>& at, int& turn, float* partial,
+                                                 int warp, int lane, int first_stage, float* partial,
                                                  uint64_t* partial_empty, uint32_t partial_phase) {
   float sum[2][kTiles][4] = {};
-  for (int block = 0; block < task.blocks; block += Traits::kStageBlocks) {
-    if (turn == group) {
-      spin_until([&] { return ptx::mbarrier_try_wait(&full[at.stage], at.phase); }, "moe stream: stage filled", task.chunk, block);
-      if constexpr (Traits::kMode != StreamMode::kWeightsOnly)
-        stream_stage<Traits, kTiles>(ptx::smem_address(ring + at.stage * Traits::kStageBytes), task.blocks - block, warp, lane, sum);
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&empty[at.stage]);
-    }
-    at.advance();
-    turn = turn + 1 == Traits::kGroups ? 0 : turn + 1;
+  const int stages = (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
+  for (int i = (group + Traits::kGroups - first_stage % Traits::kGroups) % Traits::kGroups; i < stages; i += Traits::kGroups) {
+    const uint32_t at = static_cast<uint32_t>(first_stage + i), stage = at % Traits::kStages, phase = at / Traits::kStages & 1;
+    spin_until([&] { return mbarrier_try_wait_long(&full[stage], phase); }, "moe stream: stage filled", task.chunk, i);
+    if constexpr (Traits::kMode != StreamMode::kWeightsOnly)
+      stream_stage<Traits, kTiles>(ptx::smem_address(ring + stage * Traits::kStageBytes), task.blocks - i * Traits::kStageBlocks, warp,
+                                   lane, sum);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&empty[stage]);
   }
-  spin_until([&] { return ptx::mbarrier_try_wait(partial_empty, partial_phase ^ 1); }, "moe stream: partial sums free", task.chunk, 0);
+  spin_until([&] { return mbarrier_try_wait_long(partial_empty, partial_phase ^ 1); }, "moe stream: partial sums free", task.chunk, 0);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile)
     *reinterpret_cast<float4*>(partial + ((group * 4 + warp) * Traits::kTiles + tile) * 128 + lane * 4) =
@@ -340,13 +345,16 @@ __device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const 
   }
 }
 
-// Adds the four partial sums of a task and finishes it: h of fc1, slot outputs of fc2, y where the strip is complete.
+// Adds the groups' partial sums of a task and finishes it: h of fc1, slot outputs of fc2, y where the strip is complete.
 template <class Traits>
 __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typename Traits::Shared& shared, const StreamTask& task,
-                                                const float* partial, uint64_t* partial_empty, int group, int warp, int lane) {
+                                                const float* partial, uint64_t* partial_full, uint64_t* partial_empty, uint32_t phase,
+                                                int warp, int lane) {
   const int rows = shared.chunk_rows[task.chunk], first = shared.chunk_first[task.chunk];
   const int g = lane >> 2, t = lane & 3;
-  const int expert = shared.chunk_expert[task.chunk];
+  const float* alpha_of = args.experts.alpha + shared.chunk_expert[task.chunk] * 3;
+  const float alpha[3] = {alpha_of[0] * kMoeAlphaScale, alpha_of[1] * kMoeAlphaScale, alpha_of[2] * kMoeAlphaScale};  // before the wait
+  spin_until([&] { return mbarrier_try_wait_long(partial_full, phase); }, "moe stream: partial sums", task.chunk, task.strip);
   float sum[Traits::kTiles][4];
 #pragma unroll
   for (int tile = 0; tile < Traits::kTiles; ++tile) {
@@ -362,9 +370,8 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typen
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(partial_empty);
 
-  const float* alpha = args.experts.alpha + expert * 3;
   if (!task.is_fc2) {
-    const float alpha_gate = alpha[0] * kMoeAlphaScale, alpha_up = alpha[1] * kMoeAlphaScale;
+    const float alpha_gate = alpha[0], alpha_up = alpha[1];
     const int column = moe_fc1_row(task.strip, warp, g);
 #pragma unroll
     for (int tile = 0; tile < Traits::kTiles; ++tile)
@@ -378,11 +385,11 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typen
             encode_bf16(swiglu(gate, up, shared.rho[slot], args.swiglu_limit));
       }
     fence_proxy_async_all();
-    ptx::named_barrier_sync(1 + group, 128);
+    ptx::named_barrier_sync(1, 128);
     if (warp == 0 && lane == 0) add_release(&args.fc1_done[task.chunk], 1);
     return;
   }
-  const float alpha_down = alpha[2] * kMoeAlphaScale;
+  const float alpha_down = alpha[2];
   const int column = moe_fc2_row(task.strip, warp, g);  // row g + 8 is two columns on
 #pragma unroll
   for (int tile = 0; tile < Traits::kTiles; ++tile)
@@ -394,10 +401,10 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typen
       out[0] = encode_bf16(sum[tile][i] * alpha_down);
       out[2] = encode_bf16(sum[tile][2 + i] * alpha_down);
     }
-  ptx::named_barrier_sync(1 + group, 128);
-  if (warp == 0 && lane == 0) shared.flag[group] = add_acq_rel(&args.fc2_done[task.strip], 1);
-  ptx::named_barrier_sync(1 + group, 128);
-  if (shared.flag[group] == static_cast<uint32_t>(shared.num_chunks) - 1)
+  ptx::named_barrier_sync(1, 128);
+  if (warp == 0 && lane == 0) shared.flag = add_acq_rel(&args.fc2_done[task.strip], 1);
+  ptx::named_barrier_sync(1, 128);
+  if (shared.flag == static_cast<uint32_t>(shared.num_chunks) - 1)
     stream_combine<Traits>(args, shared, task.strip, warp * 32 + lane);
 }
 
@@ -418,8 +425,7 @@ __device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& 
                             int strips1, int strips2) {
   const int group = threadIdx.x / 128, warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
   const int tasks = shared.num_chunks * (strips1 + strips2);
-  RingPosition<Traits::kStages> at;
-  int turn = 0, count = 0;
+  int first_stage = 0, count = 0;  // of the task, counted over all tasks of this CTA
   [[maybe_unused]] bool stamped = false;
   for (int v = blockIdx.x; v < tasks; v += gridDim.x, ++count) {
     const StreamTask task = stream_task(args, shared, v, strips1, strips2);
@@ -430,20 +436,31 @@ __device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& 
       DSV4_MOE_STAMP(4);
     }
 #endif
-    const int buffer = count & 1;
-    const uint32_t phase = (count >> 1) & 1;
+    const int buffer = count % Traits::kBuffers;
+    const uint32_t phase = (count / Traits::kBuffers) & 1;
     float* partial = shared.partial[buffer];
     if (Traits::kTiles > 1 && shared.chunk_rows[task.chunk] > 8)
-      stream_task_sums<Traits, Traits::kTiles>(ring, full, empty, task, group, warp, lane, at, turn, partial,
+      stream_task_sums<Traits, Traits::kTiles>(ring, full, empty, task, group, warp, lane, first_stage, partial,
                                                &shared.partial_empty[buffer], phase);
     else
-      stream_task_sums<Traits, 1>(ring, full, empty, task, group, warp, lane, at, turn, partial, &shared.partial_empty[buffer], phase);
+      stream_task_sums<Traits, 1>(ring, full, empty, task, group, warp, lane, first_stage, partial, &shared.partial_empty[buffer], phase);
+    first_stage += (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&shared.partial_full[buffer]);
-    if (count % Traits::kGroups == group) {
-      spin_until([&] { return ptx::mbarrier_try_wait(&shared.partial_full[buffer], phase); }, "moe stream: partial sums", v, 0);
-      stream_epilogue<Traits>(args, shared, task, partial, &shared.partial_empty[buffer], group, warp, lane);
-    }
+  }
+}
+
+template <class Traits>
+__device__ void stream_finish(const MoeStreamArgs& args, typename Traits::Shared& shared, int strips1, int strips2) {
+  const int warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
+  const int tasks = shared.num_chunks * (strips1 + strips2);
+  int buffer = 0;
+  uint32_t phase = 0;
+  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
+    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
+    stream_epilogue<Traits>(args, shared, task, shared.partial[buffer], &shared.partial_full[buffer], &shared.partial_empty[buffer], phase,
+                            warp, lane);
+    if (++buffer == Traits::kBuffers) buffer = 0, phase ^= 1;
   }
 }
 
@@ -459,10 +476,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kStages; ++i) {
-      ptx::mbarrier_init(&full[i], 2);   // one arrival per producer
+      ptx::mbarrier_init(&full[i], 2);   // one arrival for weights, one for rows
       ptx::mbarrier_init(&empty[i], 4);  // one per warp of the group that used it
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < Traits::kBuffers; ++i) {
       ptx::mbarrier_init(&shared.partial_full[i], Traits::kMathWarps);
       ptx::mbarrier_init(&shared.partial_empty[i], 4);
     }
@@ -482,21 +499,24 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
       if (threadIdx.x < 128) stream_combine<Traits>(args, shared, strip, threadIdx.x);
     return;
   }
-  if (warp == Traits::kMathWarps)
-    stream_load_weights<Traits>(args, shared, ring, full, empty, strips1, strips2);
-  else if (warp == Traits::kMathWarps + 1)
-    stream_load_rows<Traits>(args, shared, ring, full, empty, strips1, strips2);
-  else
+  constexpr int kFirstLoader = Traits::kMathWarps + Traits::kFinishWarps;
+  if (warp < Traits::kMathWarps)
     stream_math<Traits>(args, shared, ring, full, empty, strips1, strips2);
+  else if (warp < kFirstLoader)
+    stream_finish<Traits>(args, shared, strips1, strips2);
+  else if (warp < kFirstLoader + Traits::kLoaders)
+    stream_load_weights<Traits>(args, shared, ring, full, empty, strips1, strips2, warp - kFirstLoader);
+  else
+    stream_load_rows<Traits>(args, shared, ring, full, empty, strips1, strips2, warp - kFirstLoader - Traits::kLoaders);
   if (threadIdx.x == 0) DSV4_MOE_STAMP(5);
 
   // The last CTA to finish leaves the counters as it found them.
   __syncthreads();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(6);
-  if (threadIdx.x == 0) shared.flag[0] = add_acq_rel(args.exited, 1);
+  if (threadIdx.x == 0) shared.flag = add_acq_rel(args.exited, 1);
   __syncthreads();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(7);
-  if (shared.flag[0] != gridDim.x - 1) return;
+  if (shared.flag != gridDim.x - 1) return;
   for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
   for (int i = threadIdx.x; i < strips2; i += Traits::kThreads) args.fc2_done[i] = 0;
   if (threadIdx.x == 0) *args.exited = 0;

@@ -24,12 +24,13 @@ struct TiledTask {
 };
 
 // kRows..: the three widths a tile can have; the last is the most rows of a tile.
-template <int kRows1_, int kRows2_, int kRows3_>
+template <int kMathWarpgroups_, int kRows1_, int kRows2_, int kRows3_>
 struct TiledTraits {
+  static constexpr int kMathWarpgroups = kMathWarpgroups_;
   static constexpr int kRows1 = kRows1_, kRows2 = kRows2_, kRows3 = kRows3_;
-  static constexpr int kMathWarpgroups = 3;
   static constexpr int kStrips = kMathWarpgroups;  // one strip each: 192 weight rows a task
-  static constexpr int kThreads = 128 * kMathWarpgroups + 64;
+  static constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
+  static constexpr int kThreads = 128 * kMathWarpgroups + 64 * kLoaders;
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
@@ -42,7 +43,10 @@ struct TiledTraits {
     alignas(128) uint8_t weights[kStages][kWeightBytes];
     uint64_t full[kStages], empty[kStages];
     TiledTask task[kTaskRing];
-    uint64_t task_full[kTaskRing], task_empty[kTaskRing];
+    int32_t slot[kTaskRing][kRows3];  // of the task's rows, and their routing weights
+    float rho[kTaskRing][kRows3];
+    float alpha[kTaskRing][3];
+    uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
   };
   static constexpr int kSmemBytes = sizeof(Shared) + 1024;  // the runtime aligns to 16 only
   static_assert(kSmemBytes <= 227 * 1024);
@@ -83,9 +87,33 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   return work;
 }
 
-// Draws tickets, tells the other roles, and copies the weights.
+// This loader's stages of one task: every kLoaders-th. One thread alone takes about 350 ns a stage, too long.
 template <class T>
-__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
+__device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
+                                                   TiledRing<T::kStages>& at, int& turn, int self) {
+  const TiledWork work = tiled_work<T>(args, task);
+  for (int block = 0; block < work.blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
+    if (turn != self) continue;
+    spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
+    ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], T::kStripStageBytes * work.num_strips);
+    const uint8_t* source = work.weights + static_cast<int64_t>(block) * kMoeBlockBytes;
+    uint8_t* target = shared.weights[at.stage];
+    for (int strip = 0; strip < work.num_strips; ++strip) {
+      if (block + 1 < work.blocks) {
+        ptx::bulk_load(target, source, T::kStripStageBytes, &shared.full[at.stage], ptx::L2Hint::kEvictFirst);
+      } else {
+        ptx::bulk_load(target, source, kMoeBlockBytes, &shared.full[at.stage]);
+        ptx::bulk_load(target + kMoeBlockBytes, source, kMoeBlockBytes, &shared.full[at.stage]);
+      }
+      target += T::kStripStageBytes;
+      source += work.blocks * kMoeBlockBytes;
+    }
+  }
+}
+
+// Draws tickets, tells the other roles, and copies weights as loader 0.
+template <class T>
+__device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
   const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
   const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
   const int tiles = *args.routing.num_tiles;
@@ -93,6 +121,7 @@ __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typ
   uint32_t* ticket = &args.routing.ticket[phase == TiledPhase::kFc2 ? 1 : 0];
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
+  int turn = 0;
   int v = static_cast<int>(atomicAdd(ticket, 1u));
   while (true) {
     TiledTask task{};
@@ -105,54 +134,56 @@ __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typ
       const MoeTile tile = args.routing.tiles[task.tile];
       task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
     }
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
     shared.task[task_at.stage] = task;
     ptx::mbarrier_arrive(&shared.task_full[task_at.stage]);
     task_at.advance();
     if (task.tile < 0) return;
     v = static_cast<int>(atomicAdd(ticket, 1u));  // early: its latency hides behind this task
-    const TiledWork work = tiled_work<T>(args, task);
-    for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
-      spin_until([&] { return ptx::mbarrier_try_wait(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
-      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], T::kStripStageBytes * work.num_strips);
-      const uint8_t* source = work.weights + static_cast<int64_t>(block) * kMoeBlockBytes;
-      uint8_t* target = shared.weights[at.stage];
-      for (int strip = 0; strip < work.num_strips; ++strip) {
-        if (block + 1 < work.blocks) {
-          ptx::bulk_load(target, source, T::kStripStageBytes, &shared.full[at.stage], ptx::L2Hint::kEvictFirst);
-        } else {
-          ptx::bulk_load(target, source, kMoeBlockBytes, &shared.full[at.stage]);
-          ptx::bulk_load(target + kMoeBlockBytes, source, kMoeBlockBytes, &shared.full[at.stage]);
-        }
-        target += T::kStripStageBytes;
-        source += work.blocks * kMoeBlockBytes;
-      }
-      at.advance();
-    }
+    tiled_copy_weights<T>(args, shared, task, at, turn, 0);
   }
 }
 
+// The other weight loaders follow the tasks.
 template <class T>
-__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
+__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typename T::Shared& shared, int self) {
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
-  const uint32_t blocks1 = (static_cast<uint32_t>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
+  int turn = 0;
   while (true) {
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 0, 0);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 2, 0);
     const TiledTask task = shared.task[task_at.stage];
     ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
+    if (task.tile < 0) return;
+    tiled_copy_weights<T>(args, shared, task, at, turn, self);
+  }
+}
+
+// A whole warp. Loader 0 also brings what the epilogue wants to know of the task's rows.
+template <class T>
+__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase, int self) {
+  const int lane = threadIdx.x % 32;
+  TiledRing<T::kTaskRing> task_at;
+  TiledRing<T::kStages> at;
+  int turn = 0;
+  const uint32_t strips1 = static_cast<uint32_t>(moe_fc1_strips(args.shape.inter));
+  while (true) {
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 0, 0);
+    const TiledTask task = shared.task[task_at.stage];
     if (task.tile < 0) return;
     const TiledWork work = tiled_work<T>(args, task);
     const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
     const uint8_t* source = reinterpret_cast<const uint8_t*>(operand) + static_cast<int64_t>(task.first_row) * work.blocks * 128;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
-      spin_until([&] { return load_acquire(&args.routing.tile_done[task.tile]) >= blocks1; }, "moe tiled: h of a tile", task.tile, blocks1);
+      spin_until([&] { return load_acquire(&args.routing.tile_done[task.tile]) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
       fence_proxy_async_all();
     }
-    for (int block = 0; block < work.blocks; block += T::kStageBlocks) {
-      const uint32_t bytes = task.padded * 128;  // of one block
-      spin_until([&] { return ptx::mbarrier_try_wait(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
+    const uint32_t bytes = task.padded * 128;  // of one block
+    for (int block = 0; block < work.blocks;
+         block += T::kStageBlocks, source += 2 * bytes, at.advance(), turn = (turn + 1) % T::kLoaders) {
+      if (turn != self || lane != 0) continue;
+      spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
       ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], 2 * bytes);
       if (block + 1 < work.blocks) {
         ptx::bulk_load(shared.rows[at.stage], source, 2 * bytes, &shared.full[at.stage]);
@@ -160,19 +191,28 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
         ptx::bulk_load(shared.rows[at.stage], source, bytes, &shared.full[at.stage]);
         ptx::bulk_load(shared.rows[at.stage] + bytes, source, bytes, &shared.full[at.stage]);
       }
-      source += 2 * bytes;
-      at.advance();
     }
+    __syncwarp();
+    if (self == 0) {
+      for (int row = lane; row < task.rows; row += 32) {
+        const int slot = args.routing.row_slot[task.first_row + row];
+        shared.slot[task_at.stage][row] = slot;
+        shared.rho[task_at.stage][row] = args.topk_weights[slot];
+      }
+      if (lane < 3) shared.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
+      ptx::mbarrier_arrive(&shared.meta_full[task_at.stage]);
+    }
+    if (lane == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    task_at.advance();
   }
 }
 
 // fc1: two gate/up values per token pair -> h in operand order.
 template <int kN>
-__device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, int strip, const float (&sum)[kN / 2],
-                                                 int warp, int lane) {
+__device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, const float* rho, const float* alpha,
+                                                 int strip, const float (&sum)[kN / 2], int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const float alpha_gate = args.experts.alpha[task.expert * 3] * kMoeAlphaScale;
-  const float alpha_up = args.experts.alpha[task.expert * 3 + 1] * kMoeAlphaScale;
+  const float alpha_gate = alpha[0], alpha_up = alpha[1];
   const int chunk = (strip & 1) * 4 + warp;
   uint8_t* target = reinterpret_cast<uint8_t*>(args.h_rows) + static_cast<int64_t>(task.first_row) * args.shape.inter * 2 +
                     static_cast<int64_t>(strip >> 1) * task.padded * 128 + g * 128 + ((chunk ^ g) << 4) + t * 4;
@@ -184,14 +224,14 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = tile * 8 + 2 * t + i;
-      const int padded_row = task.first_row + min(row, task.rows - 1);
+      const int used_row = min(row, task.rows - 1), padded_row = task.first_row + used_row;
       float gate_alpha = alpha_gate, up_alpha = alpha_up;
       if (args.x_global) {
         const float global = args.x_global[padded_row];
         gate_alpha = alpha_gate * global, up_alpha = alpha_up * global;
       }
-      const float rho = args.topk_weights[args.routing.row_slot[padded_row]];
-      h[i] = swiglu(round_bf16(sum[tile * 4 + i] * gate_alpha), round_bf16(sum[tile * 4 + 2 + i] * up_alpha), rho, args.swiglu_limit);
+      h[i] = swiglu(round_bf16(sum[tile * 4 + i] * gate_alpha), round_bf16(sum[tile * 4 + 2 + i] * up_alpha), rho[used_row],
+                    args.swiglu_limit);
       if (args.h_wide && row < task.rows)
         args.h_wide[static_cast<int64_t>(padded_row) * args.shape.inter + moe_fc1_row(strip, warp, g)] = h[i];
     }
@@ -200,10 +240,9 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
 }
 
 template <int kN>
-__device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const TiledTask& task, int strip, const float (&sum)[kN / 2],
-                                                 int warp, int lane) {
+__device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const TiledTask& task, const int32_t* slots, float alpha,
+                                                 int strip, const float (&sum)[kN / 2], int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const float alpha = args.experts.alpha[task.expert * 3 + 2] * kMoeAlphaScale;
   bf16* target = args.slot_y + strip * 64 + warp * 16 + 4 * t;
 #pragma unroll
   for (int tile = 0; tile < kN / 8; ++tile) {
@@ -218,14 +257,14 @@ __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const
     const uint32_t high = transpose_8x8(pack_bf16(sum[tile * 4 + 2] * scale[0], sum[tile * 4 + 3] * scale[1]));
     const int row = tile * 8 + g;
     if (row < task.rows)
-      *reinterpret_cast<uint2*>(target + static_cast<int64_t>(args.routing.row_slot[task.first_row + row]) * args.shape.hidden) =
+      *reinterpret_cast<uint2*>(target + static_cast<int64_t>(slots[row]) * args.shape.hidden) =
           make_uint2(low, high);
   }
 }
 
 template <class T, int kN>
-__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
-                                           TiledRing<T::kStages>& at) {
+__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
+                                           uint32_t phase, TiledRing<T::kStages>& at) {
   int tid;  // volatile: keeps addresses of 16 instances from being hoisted, which costs registers and serialises wgmma
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
   const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
@@ -234,12 +273,12 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
   for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
   uint32_t a[2][2][4];  // half a block each: one is decoded while the tensor cores work on the other
   int previous = -1;
-  const uint32_t second = task.padded * 8;  // the stage's second block of token rows, in descriptor units of 16 bytes
+  const uint32_t second = task.padded * 128;  // offset of the stage's second block of token rows
 #pragma unroll 1
   for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
     const uint32_t weights = ptx::smem_address(shared.weights[at.stage]) + group * T::kStripStageBytes;
-    const uint64_t rows = wgmma_descriptor(ptx::smem_address(shared.rows[at.stage]));
+    const uint32_t rows = ptx::smem_address(shared.rows[at.stage]);
 #pragma unroll
     for (int k = 0; k < T::kStageBlocks; ++k) {
       uint4 codes;
@@ -253,7 +292,7 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          Wgmma<kN>::mma(sum, a[half][step], rows + (k ? second : 0) + (2 * half + step) * 2);
+          Wgmma<kN>::mma(sum, a[half][step], wgmma_descriptor(rows + (k ? second : 0) + (2 * half + step) * 32));
         wgmma_commit();
         wgmma_wait<1>();  // the other half's fragments may be rewritten
         if (k == 0 && half == 0 && previous >= 0 && lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
@@ -265,11 +304,16 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
   wgmma_wait<0>();
   if (lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
   const TiledWork work = tiled_work<T>(args, task);
+  spin_until([&] { return mbarrier_try_wait_long(&shared.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
   if (group < work.num_strips) {
-    if (task.is_fc2)
-      tiled_finish_fc2<kN>(args, task, work.first_strip + group, sum, warp, lane);
-    else
-      tiled_finish_fc1<kN>(args, task, work.first_strip + group, sum, warp, lane);
+    if (task.is_fc2) {
+      tiled_finish_fc2<kN>(args, task, shared.slot[slot], shared.alpha[slot][2], work.first_strip + group, sum, warp, lane);
+    } else {
+      tiled_finish_fc1<kN>(args, task, shared.rho[slot], shared.alpha[slot], work.first_strip + group, sum, warp, lane);
+      fence_proxy_async_all();  // h: ordinary stores here, copy engine there
+      ptx::named_barrier_sync(1 + group, 128);
+      if (thread == 0) add_release(&args.routing.tile_done[task.tile], 1);
+    }
   }
 }
 
@@ -278,24 +322,27 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T:
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
   while (true) {
-    spin_until([&] { return ptx::mbarrier_try_wait(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
     const TiledTask& task = shared.task[task_at.stage];  // stays in shared memory: registers are for sums
     if (task.tile < 0) return;
     // Three widths and not sixteen: with more instances in one kernel ptxas serialises every wgmma (C7512, misreported as a
     // shortage of registers).
-    if (task.padded <= T::kRows1)
-      tiled_task<T, T::kRows1>(args, shared, task, at);
-    else if (task.padded <= T::kRows2)
-      tiled_task<T, T::kRows2>(args, shared, task, at);
-    else
-      tiled_task<T, T::kRows3>(args, shared, task, at);
-    if (!task.is_fc2) {
-      fence_proxy_async_all();  // h: ordinary stores here, copy engine there
-      ptx::named_barrier_sync(1, 128 * T::kMathWarpgroups);
-      if (threadIdx.x == 0) add_release(&args.routing.tile_done[task.tile], 1);
+    if constexpr (T::kRows1 < T::kRows2) {
+      if (task.padded <= T::kRows1)
+        tiled_task<T, T::kRows1>(args, shared, task, task_at.stage, task_at.phase, at);
+      else if (task.padded <= T::kRows2)
+        tiled_task<T, T::kRows2>(args, shared, task, task_at.stage, task_at.phase, at);
+      else
+        tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
+    } else if constexpr (T::kRows2 < T::kRows3) {
+      if (task.padded <= T::kRows2)
+        tiled_task<T, T::kRows2>(args, shared, task, task_at.stage, task_at.phase, at);
+      else
+        tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
+    } else {
+      tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
   }
 }
@@ -312,7 +359,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     for (int i = 0; i < T::kTaskRing; ++i) {
       ptx::mbarrier_init(&shared.task_full[i], 1);
-      ptx::mbarrier_init(&shared.task_empty[i], 1 + 4 * T::kMathWarpgroups);
+      ptx::mbarrier_init(&shared.task_empty[i], 2 * T::kLoaders - 1 + 128 * T::kMathWarpgroups);
+      ptx::mbarrier_init(&shared.meta_full[i], 32);
     }
     ptx::fence_mbarrier_init();
   }
@@ -320,8 +368,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x >= 128 * T::kMathWarpgroups) {
-    if (threadIdx.x == 128 * T::kMathWarpgroups) tiled_load_weights<T>(args, shared, phase);
-    if (threadIdx.x == 128 * T::kMathWarpgroups + 32) tiled_load_rows<T>(args, shared, phase);
+    const int loader = threadIdx.x / 32 - 4 * T::kMathWarpgroups;
+    if (loader >= T::kLoaders)
+      tiled_load_rows<T>(args, shared, phase, loader - T::kLoaders);
+    else if (threadIdx.x % 32 == 0 && loader == 0)
+      tiled_schedule<T>(args, shared, phase);
+    else if (threadIdx.x % 32 == 0)
+      tiled_load_weights<T>(args, shared, loader);
   } else {
     tiled_math<T>(args, shared);
   }
