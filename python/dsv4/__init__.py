@@ -76,7 +76,7 @@ class _Outputs:
             self.arrays = dict(zip(wanted, given))
         self.single = format == "bf16" and not by_row
         scale = None if by_row else _global_array(caller, global_scale)
-        self.arguments = {name: caller.take(name, self.arrays.get(name)) for name in ("codes", "sf", "y", "row_global")}
+        self.arguments = {name: caller.take_written(name, self.arrays.get(name)) for name in ("codes", "sf", "y", "row_global")}
         self.arguments |= {"format": format, "sf_layout": sf_layout, "global_scale": caller.take("global_scale", scale), "stream": caller.stream}
 
     def result(self):
@@ -103,7 +103,7 @@ def quantize(x, *, format="nvfp4", global_scale=None, sf_layout="linear", norm_w
     if normalized is not None:
         if format == "bf16":
             raise value_error("normalized", "None with format 'bf16', whose result it is", "an array")
-        outputs.arguments["y"] = caller.take("normalized", normalized)
+        outputs.arguments["y"] = caller.take_written("normalized", normalized)
     _ops.quantize(
         x=caller.take("x", x), norm_weight=caller.take("norm_weight", norm_weight), norm_eps=float(norm_eps), **outputs.arguments
     )
@@ -172,7 +172,7 @@ def _dequantize(codes, sf, indices, global_scale, sf_layout, dtype, check_indice
         global_scale=caller.take("global_scale", _global_array(caller, global_scale)),
         sf_layout=sf_layout,
         check_indices=bool(check_indices),
-        y=caller.take("out", y),
+        y=caller.take_written("out", y),
         stream=caller.stream,
     )
     return y
@@ -270,7 +270,8 @@ def compress_quantize(
     arrays |= dict(pages=pages, slots=slots, rope_rows=rope_rows)
     if decoding:
         arrays |= dict(positions=positions, states=states)
-    arguments = {name: caller.take(name, array) for name, array in arrays.items()}
+    written = ("state_value", "state_gate", "pages")
+    arguments = {name: (caller.take_written if name in written else caller.take)(name, array) for name, array in arrays.items()}
     arguments |= dict(kind=kind, row_format=row_format, rows_per_page=int(rows_per_page), rms_eps=float(rms_eps))
     arguments |= dict(check_indices=bool(check_indices), stream=caller.stream)
     if decoding:

@@ -94,6 +94,16 @@ class Caller:
             return array
         return array.__dlpack__(stream=self.stream or LEGACY_DEFAULT_STREAM)
 
+    def take_written(self, name, array):
+        _check_written(name, array)
+        return self.take(name, array)
+
+
+def _check_written(name, array):
+    """JAX arrays are immutable, yet their DLPack capsules do not say so."""
+    if array is not None and framework_of(array) in ("jax", "jaxlib"):
+        raise value_error(name, "an array that may be written", "a JAX array, which is immutable")
+
 
 def framework_of(array):
     """ "numpy", "torch" or "cupy", subclasses included; else the module of the array's type."""

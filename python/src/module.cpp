@@ -61,7 +61,7 @@ struct OutputArrays {
         global_scale(optional_array("global_scale", global_object, Access::kRead)),
         codes(optional_array("codes", codes_object, Access::kWrite)),
         sf(optional_array("sf", sf_object, Access::kWrite)),
-        y(optional_array("y", y_object, Access::kWrite)),
+        y(optional_array(format == RowFormat::kBf16 ? "out" : "normalized", y_object, Access::kWrite)),
         row_global(optional_array("row_global", row_global_object, Access::kWrite)) {}
 
   // Results are [lead..., rows, ...]; each of the lead matrices has its own 128x4 scale tensor.
@@ -75,7 +75,7 @@ struct OutputArrays {
     for (const int64_t size : lead) num_rows *= size;
     QuantizedRows out{.format = format, .sf_layout = layout, .sf_matrix_rows = lead.empty() ? 0 : rows};
     check_codes(first, lead, rows, cols);
-    if (format == RowFormat::kBf16 && !y) throw_value_error("y", "an array", "None");
+    if (format == RowFormat::kBf16 && !y) throw_value_error("out", "an array", "None");
     if (y) {
       y->of(Type::kBf16).shaped(with_tail(lead, rows, cols)).contiguous().on(first).aligned();
       out.y = y->data<bf16>();
@@ -181,7 +181,7 @@ void py_inverse_rope_quantize(nb::object x_object, nb::object cos_sin_object, nb
 // indices None: all rows.
 void py_dequantize(nb::object codes_object, nb::object sf_object, nb::object indices_object, nb::object global_object, std::string layout_name,
                    bool check_indices, nb::object y_object, uint64_t stream) {
-  const Array codes("codes", codes_object, Access::kRead), sf("sf", sf_object, Access::kRead), y("y", y_object, Access::kWrite);
+  const Array codes("codes", codes_object, Access::kRead), sf("sf", sf_object, Access::kRead), y("out", y_object, Access::kWrite);
   const std::optional<Array> indices = optional_array("indices", indices_object, Access::kRead);
   const std::optional<Array> global = optional_array("global_scale", global_object, Access::kRead);
   const SfLayout layout = parse_layout(layout_name);
