@@ -194,8 +194,9 @@ void attention_block(const StepContext& step, int layer_idx, LayerScratch& scrat
     const CacheShape& shape = slice.cache->shape();
     const LayerCacheShape& layer_shape = shape.layers[static_cast<size_t>(layer_idx)];
     LayerCache& cache = slice.cache->layer(layer_idx);
-    for (int64_t t = 0; t < slice.num_tokens; ++t)
+    for_rows(step.cpu, slice.num_tokens, 4 * config.head_dim, [&](int64_t t) {
       encode_kv_row(shape.row, kv + (slice.first_token + t) * config.head_dim, cache.window_row(slice.first_position + t));
+    });
     if (attn.indexer) select_rows(step, slice, *attn.indexer, index, layer_shape.index, cache, scratch);
     if (attn.compressor) {
       const CompressorStep comp{*attn.compressor, layer_shape.compressor, value, gate};

@@ -159,6 +159,10 @@ TEST(VecKernels, EveryInstructionSetMatchesTheReference) {
       vec.round_bf16(p.data(), n);
       ref.round_bf16(q.data(), n);
       EXPECT_EQ(p, q);
+      std::vector<uint16_t> c(n), d(n);
+      vec.encode_bf16(x.data(), n, c.data());
+      ref.encode_bf16(x.data(), n, d.data());
+      EXPECT_EQ(c, d);
     }
   }
 }

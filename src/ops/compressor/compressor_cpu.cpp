@@ -6,24 +6,32 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/math.h"
 #include "ops/norm/norm.h"
 #include "ops/vec/vec.h"
 
 namespace dsv4 {
 namespace {
 
-void store_token(const CompressorArgs& args, int64_t token) {
+// Channels [begin, end) of the finished row: storing, pooling and shifting never mix channels, so ranges run in parallel.
+struct ChannelRange {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+void store_token(const CompressorArgs& args, int64_t token, ChannelRange range) {
   const CompressorShape& shape = args.shape;
   const int64_t width = shape.width(), phase = (args.first_position + token) % shape.ratio;
   const int64_t slot = shape.overlap ? shape.ratio + phase : phase;
-  std::copy_n(args.value + token * width, width, args.state_value + slot * width);
-  const float* gate = args.gate + token * width;
-  const float* bias = args.ape + phase * width;
-  float* stored = args.state_gate + slot * width;
-  for (int64_t c = 0; c < width; ++c) stored[c] = gate[c] + bias[c];
+  for (int64_t half = 0; half < width; half += shape.dim) {  // forward and own half, or the only one
+    const int64_t from = token * width + half, to = slot * width + half;
+    const float* bias = args.ape + phase * width + half;
+    std::copy_n(args.value + from + range.begin, range.size(), args.state_value + to + range.begin);
+    for (int64_t c = range.begin; c < range.end; ++c) args.state_gate[to + c] = args.gate[from + c] + bias[c];
+  }
 }
 
-void pool_window(const CompressorArgs& args, const VecKernels& vec, float* row) {
+void pool_window(const CompressorArgs& args, const VecKernels& vec, ChannelRange range, float* row) {
   const CompressorShape& shape = args.shape;
   const int64_t width = shape.width(), num_slots = shape.state_rows();
   static thread_local std::vector<const float*> value, gate;
@@ -31,17 +39,31 @@ void pool_window(const CompressorArgs& args, const VecKernels& vec, float* row) 
   gate.resize(static_cast<size_t>(num_slots));
   for (int64_t slot = 0; slot < num_slots; ++slot) {
     // Previous window: forward half; current window: own half.
-    const int64_t offset = slot * width + (shape.overlap && slot >= shape.ratio ? shape.dim : 0);
-    value[slot] = args.state_value + offset;
-    gate[slot] = args.state_gate + offset;
+    const int64_t offset = slot * width + (shape.overlap && slot >= shape.ratio ? shape.dim : 0) + range.begin;
+    value[static_cast<size_t>(slot)] = args.state_value + offset;
+    gate[static_cast<size_t>(slot)] = args.state_gate + offset;
   }
-  vec.softmax_pool(value.data(), gate.data(), static_cast<int>(num_slots), shape.dim, row);
+  vec.softmax_pool(value.data(), gate.data(), static_cast<int>(num_slots), range.size(), row + range.begin);
 }
 
-void shift_overlap(const CompressorArgs& args) {
-  const int64_t half = args.shape.ratio * args.shape.width();
-  std::copy_n(args.state_value + half, half, args.state_value);
-  std::copy_n(args.state_gate + half, half, args.state_gate);
+void shift_overlap(const CompressorArgs& args, ChannelRange range) {
+  const int64_t width = args.shape.width(), ratio = args.shape.ratio;
+  for (int64_t slot = 0; slot < ratio; ++slot) {  // only the forward half of the previous window is ever read
+    std::copy_n(args.state_value + (ratio + slot) * width + range.begin, range.size(), args.state_value + slot * width + range.begin);
+    std::copy_n(args.state_gate + (ratio + slot) * width + range.begin, range.size(), args.state_gate + slot * width + range.begin);
+  }
+}
+
+// All tokens, one range of channels.
+void pool_channels(const CompressorArgs& args, const VecKernels& vec, ChannelRange range) {
+  float* row = args.rows;
+  for (int64_t token = 0; token < args.num_tokens; ++token) {
+    store_token(args, token, range);
+    if ((args.first_position + token + 1) % args.shape.ratio != 0) continue;
+    pool_window(args, vec, range, row);
+    row += args.shape.dim;
+    if (args.shape.overlap) shift_overlap(args, range);
+  }
 }
 
 void finish_row(const CompressorArgs& args, int64_t window, const CpuContext& context, float* row) {
@@ -71,14 +93,15 @@ void reset_compressor_state(const CompressorShape& shape, float* state_value, fl
 void compress(const CompressorArgs& args, const CpuContext& context) {
   DSV4_CHECK(args.shape.rope_dim <= 1024 && args.shape.rope_dim <= args.shape.dim, "rope_dim = {}", args.shape.rope_dim);
   const VecKernels& vec = vec_kernels(context.isa);
+  // A multiple of the widest vector, so that where a range ends never changes how a channel is computed.
+  constexpr int64_t kChannels = 128;
+  const int64_t num_ranges = args.num_tokens < 8 ? 1 : ceil_div(args.shape.dim, kChannels);
+  const int64_t range_size = num_ranges == 1 ? args.shape.dim : kChannels;
+  for_rows(context, num_ranges, args.num_tokens * range_size * 16, [&](int64_t r) {
+    pool_channels(args, vec, {r * range_size, std::min<int64_t>((r + 1) * range_size, args.shape.dim)});
+  });
   const int64_t first_window = args.first_position / args.shape.ratio;
-  int64_t num_rows = 0;
-  for (int64_t token = 0; token < args.num_tokens; ++token) {
-    store_token(args, token);
-    if ((args.first_position + token + 1) % args.shape.ratio != 0) continue;
-    pool_window(args, vec, args.rows + num_rows++ * args.shape.dim);
-    if (args.shape.overlap) shift_overlap(args);
-  }
+  const int64_t num_rows = num_completed_windows(args.first_position, args.num_tokens, args.shape.ratio);
   for_rows(context, num_rows, 8 * args.shape.dim, [&](int64_t r) {
     finish_row(args, first_window + r, context, args.rows + r * args.shape.dim);
   });

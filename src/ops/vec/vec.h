@@ -36,6 +36,7 @@ struct VecKernels {
   // out[j] = sum_h weight[h] * max(0, dot(q[h], keys[j])); q: [num_heads, dim], keys: [num_keys, dim], both dense
   void (*relu_scores)(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out);
   void (*decode_bf16)(const uint16_t* x, int64_t n, float* y);
+  void (*encode_bf16)(const float* x, int64_t n, uint16_t* y);
   void (*round_bf16)(float* x, int64_t n);
 };
 

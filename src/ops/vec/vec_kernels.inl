@@ -321,6 +321,16 @@ inline UintLanes round_bits(UintLanes u) {
   return (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
 }
 
+void encode_bf16(const float* x, int64_t n, uint16_t* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    *reinterpret_cast<HalfLanes*>(y + i) = __builtin_convertvector(round_bits((UintLanes)load(x + i)) >> 16, HalfLanes);
+  for (; i < n; ++i) {
+    float block[kLanes] = {x[i]};
+    y[i] = static_cast<uint16_t>(round_bits((UintLanes)load(block))[0] >> 16);
+  }
+}
+
 void round_bf16(float* x, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(x + i, (Lanes)round_bits((UintLanes)load(x + i)));
@@ -334,6 +344,6 @@ void round_bf16(float* x, int64_t n) {
 }  // namespace
 
 extern const VecKernels kTable{dot,           dot_rows, sum_squares,  max_abs,    scale,       combine,  attend_scores,
-                               attend_values, exp_sum,  softmax_pool, relu_scores, decode_bf16, round_bf16};
+                               attend_values, exp_sum,  softmax_pool, relu_scores, decode_bf16, encode_bf16, round_bf16};
 
 }  // namespace dsv4::DSV4_VEC_NAMESPACE

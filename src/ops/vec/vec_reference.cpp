@@ -92,13 +92,17 @@ void decode_bf16_array(const uint16_t* x, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = decode_bf16({x[i]});
 }
 
+void encode_bf16_array(const float* x, int64_t n, uint16_t* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = encode_bf16(x[i]).bits;
+}
+
 void round_bf16_array(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = round_bf16(x[i]);
 }
 
 constexpr VecKernels kReferenceTable{dot,          dot_rows,      sum_squares, max_abs,      scale,
                                      combine,      attend_scores, attend_values, exp_sum,    softmax_pool,
-                                     relu_scores,  decode_bf16_array, round_bf16_array};
+                                     relu_scores,  decode_bf16_array, encode_bf16_array, round_bf16_array};
 
 }  // namespace
 
