@@ -306,7 +306,7 @@ __device__ __forceinline__ void write_rows(const HcBoundaryArgs& args, const Qua
       global = nvfp4_global_scale(amax).value;
       if (valid && vec == 0 && rank == 0) args.out.row_global[token] = global;
     }
-    write_vector(args.out, shape, row, rank * kVecs + vec, valid, x, global, nvfp4_rcp6({global}));
+    write_vector(args.out, shape, row, rank * kVecs + vec, valid, x, vector_amax(x), global, nvfp4_rcp6({global}));
   }
 }
 
@@ -438,7 +438,7 @@ void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& con
   DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
   if (args.num_tokens == 0) return;
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
-  const bool many = args.num_tokens > 8;  // two tokens a tile halve the reads of the weights
+  const bool many = args.num_tokens > (narrow ? 8 : 4);  // two tokens a tile halve the clusters: eight of 14 CTAs do not fit at once
   if (args.head)
     narrow ? run<Traits<4, 1, 1>>(args, shape, context) : run<Traits<4, 1, 2>>(args, shape, context);
   else if (many)

@@ -16,11 +16,10 @@ struct InverseRopeSource {
   gpu::FastDiv by_tokens;
 
   using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 1;  // the rotation's operands double otherwise (docs/kernels/inverse_rope_quantize.md)
+  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 4;
   __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 low, high;
-    float4 cos[2], sin[2];  // rotated vectors only
   };
   // Eight heads of 32 vectors a CTA: the aligned eights that hold the rotated channels go to two warps, so that six have no rotation.
   __device__ __forceinline__ uint32_t order(uint32_t thread) const {
@@ -31,26 +30,17 @@ struct InverseRopeSource {
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
     const uint32_t group = by_tokens.quotient(row), token = row - group * num_tokens;
     const uint4* at = reinterpret_cast<const uint4*>(x) + 2 * (int64_t{token} * token_vecs + group * group_vecs + vec);
-    Raw raw;
-    raw.low = __ldg(at);
-    raw.high = __ldg(at + 1);
-    if (rotated(vec)) {
-      const float* cosines = cos_sin + int64_t{positions[token]} * (2 * num_pairs) + 8 * ((vec & head_vecs_mask) - first_rope_vec);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        raw.cos[half] = __ldg(reinterpret_cast<const float4*>(cosines) + half);
-        raw.sin[half] = __ldg(reinterpret_cast<const float4*>(cosines + num_pairs) + half);
-      }
-    }
-    return raw;
+    return {__ldg(at), __ldg(at + 1)};
   }
-  __device__ __forceinline__ void values(const Raw& raw, uint32_t, uint32_t vec, float (&out)[16]) const {
+  __device__ __forceinline__ void values(const Raw& raw, uint32_t row, uint32_t vec, float (&out)[16]) const {
     widen_bf16x16(raw.low, raw.high, out);
     if (!rotated(vec)) return;
+    const uint32_t token = row - by_tokens.quotient(row) * num_tokens;
+    const float* cosines = cos_sin + int64_t{positions[token]} * (2 * num_pairs) + 8 * ((vec & head_vecs_mask) - first_rope_vec);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float cos[4] = {raw.cos[half].x, raw.cos[half].y, raw.cos[half].z, raw.cos[half].w};
-      const float sin[4] = {raw.sin[half].x, raw.sin[half].y, raw.sin[half].z, raw.sin[half].w};
+      const float4 cos4 = __ldg(reinterpret_cast<const float4*>(cosines) + half), sin4 = __ldg(reinterpret_cast<const float4*>(cosines + num_pairs) + half);
+      const float cos[4] = {cos4.x, cos4.y, cos4.z, cos4.w}, sin[4] = {sin4.x, sin4.y, sin4.z, sin4.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int at = 8 * half + 2 * j;

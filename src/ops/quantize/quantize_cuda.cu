@@ -10,7 +10,7 @@ struct Bf16Source {
   uint32_t stride;  // 16-byte pieces
 
   using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 4;
+  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 4;
   __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 low, high;
@@ -28,7 +28,7 @@ struct F32Source {
   uint32_t stride;  // 16-byte pieces
 
   using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 4;
+  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 3;
   __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 piece[4];

@@ -50,14 +50,25 @@ __device__ __forceinline__ void widen_bf16x16(uint4 low, uint4 high, float (&x)[
 
 // One matrix is at most 2^31 bytes of scales, so that 32-bit arithmetic does inside it.
 __device__ __forceinline__ int64_t sf_position_128x4(const QuantizeShape& shape, uint32_t row, uint32_t group) {
-  const uint32_t matrix = shape.by_sf_matrix_rows.quotient(row), m = row - matrix * shape.sf_matrix_rows;
+  const uint32_t matrix = shape.sf_matrix_rows == shape.num_rows ? 0 : shape.by_sf_matrix_rows.quotient(row), m = row - matrix * shape.sf_matrix_rows;
   return matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + group / 4) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4 + group % 4;
+}
+
+// Largest magnitude of a vector, NaN ignored, and whether it holds a NaN.
+struct VectorAmax {
+  float value;
+  bool has_nan;
+};
+__device__ __forceinline__ VectorAmax vector_amax(const float (&x)[16]) {
+  VectorAmax amax;
+  amax.value = amax_of(x, &amax.has_nan);
+  return amax;
 }
 
 // One vector of a row whose global scale is known. Every lane of the warp must come here, with consecutive vectors; valid: this
 // lane has one.
 __device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t vec, bool valid,
-                                             const float (&x)[16], float global, float rcp6) {
+                                             const float (&x)[16], VectorAmax vector, float global, float rcp6) {
   const int64_t v = int64_t{row} * shape.vecs_per_row + vec;
   if (out.y) {
     uint32_t pairs[8];
@@ -66,12 +77,10 @@ __device__ __forceinline__ void write_vector(const QuantizedRows& out, const Qua
     store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
   }
   if (out.format == RowFormat::kBf16) return;
-  bool has_nan;
-  float amax = amax_of(x, &has_nan);
   if (out.format == RowFormat::kNvfp4) {
     if (!valid) return;
-    const Nvfp4GroupScale scale = nvfp4_group_scale(amax, global, rcp6);
-    reinterpret_cast<uint2*>(out.codes)[v] = encode_e2m1x16(x, scale.multiplier, amax, has_nan);
+    const Nvfp4GroupScale scale = nvfp4_group_scale(vector.value, global, rcp6);
+    reinterpret_cast<uint2*>(out.codes)[v] = encode_e2m1x16(x, scale.multiplier, vector.value, vector.has_nan);
     if (out.sf_layout == SfLayout::kLinear) {
       out.sf[v] = static_cast<uint8_t>(scale.sf);
     } else {
@@ -81,6 +90,7 @@ __device__ __forceinline__ void write_vector(const QuantizedRows& out, const Qua
         for (uint32_t pad = 1; (vec + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
     }
   } else {
+    float amax = vector.value;
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
     if (!valid) return;
@@ -106,7 +116,7 @@ __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const 
 
 // A CTA takes vecs_per_thread * 256 consecutive vectors; a thread loads its next vector before it works on the current one.
 template <class Source>
-__global__ void __launch_bounds__(kStreamThreads) quantize_stream(Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
+__global__ void __launch_bounds__(kStreamThreads, Source::kMinCtas) quantize_stream(Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
   __shared__ typename Source::Shared shared;
   source.prepare(shared);
   ptx::griddepcontrol_wait();
@@ -115,43 +125,26 @@ __global__ void __launch_bounds__(kStreamThreads) quantize_stream(Source source,
   uint32_t first = blockIdx.x * vecs_per_thread * kStreamThreads;
   float global = out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
   float rcp6 = nvfp4_rcp6({global});
-  if constexpr (Source::kMaxVecsPerThread == 1) {
-    if (first + threadIdx.x / 32 * 32 < shape.num_vecs) {  // whole warps
-      const uint32_t v = first + ordered, row = shape.by_vecs_per_row.quotient(v), vec = v - row * shape.vecs_per_row;
-      const bool valid = v < shape.num_vecs;
-      float x[16] = {};
-      if (valid) {
-        const typename Source::Raw raw = source.load(row, vec);
-        if (out.global_mode == GlobalMode::kPerRow) {
-          global = out.global[row];
-          rcp6 = nvfp4_rcp6({global});
-        }
-        source.values(raw, row, vec, x);
-      }
-      write_vector(out, shape, row, vec, valid, x, global, rcp6);
-    }
-  } else {
-    typename Source::Raw raw, next;
-    uint32_t row = shape.by_vecs_per_row.quotient(first + ordered), vec = first + ordered - row * shape.vecs_per_row;
-    if (first + ordered < shape.num_vecs) raw = source.load(row, vec);
+  typename Source::Raw raw, next;
+  uint32_t row = shape.by_vecs_per_row.quotient(first + ordered), vec = first + ordered - row * shape.vecs_per_row;
+  if (first + ordered < shape.num_vecs) raw = source.load(row, vec);
 #pragma unroll 1
-    for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
-      if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
-      const uint32_t next_v = first + kStreamThreads + ordered;
-      const uint32_t next_row = shape.by_vecs_per_row.quotient(next_v), next_vec = next_v - next_row * shape.vecs_per_row;
-      if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec);
-      const bool valid = first + ordered < shape.num_vecs;
-      float x[16] = {};
-      if (valid) {
-        if (out.global_mode == GlobalMode::kPerRow) {
-          global = out.global[row];
-          rcp6 = nvfp4_rcp6({global});
-        }
-        source.values(raw, row, vec, x);
+  for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
+    if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
+    const uint32_t next_v = first + kStreamThreads + ordered;
+    const uint32_t next_row = shape.by_vecs_per_row.quotient(next_v), next_vec = next_v - next_row * shape.vecs_per_row;
+    if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec);
+    const bool valid = first + ordered < shape.num_vecs;
+    float x[16] = {};
+    if (valid) {
+      if (out.global_mode == GlobalMode::kPerRow) {
+        global = out.global[row];
+        rcp6 = nvfp4_rcp6({global});
       }
-      write_vector(out, shape, row, vec, valid, x, global, rcp6);
-      raw = next, row = next_row, vec = next_vec;
+      source.values(raw, row, vec, x);
     }
+    write_vector(out, shape, row, vec, valid, x, vector_amax(x), global, rcp6);
+    raw = next, row = next_row, vec = next_vec;
   }
   zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
 }
@@ -181,7 +174,8 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
   return max;
 }
 
-// One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers.
+// One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers. A persistent form that loads the next
+// row early was slower (docs/kernels/quantize.md).
 template <class Source, int kVecs>
 __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape,
                                                                const RowNorm norm) {
@@ -231,12 +225,12 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
   if (out.global_mode == GlobalMode::kGiven) global = out.global[0];
   if (out.global_mode == GlobalMode::kPerRow) global = out.global[row];
   if (out.global_mode == GlobalMode::kComputeRow) {
-    float amax = 0;
+    float largest = 0;  // found again per vector below: keeping it across the barrier cost more (docs/kernels/quantize.md)
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
 #pragma unroll
-      for (int j = 0; j < 16; ++j) amax = fmaxf(amax, fabsf(x[i][j]));
-    global = nvfp4_global_scale(block_max(amax, max_scratch)).value;
+      for (int j = 0; j < 16; ++j) largest = fmaxf(largest, fabsf(x[i][j]));
+    global = nvfp4_global_scale(block_max(largest, max_scratch)).value;
     if (threadIdx.x == 0) out.row_global[row] = global;
   }
   const float rcp6 = nvfp4_rcp6({global});
@@ -244,7 +238,7 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t vec = threadIdx.x + i * blockDim.x;
     if (vec - threadIdx.x % 32 >= shape.vecs_per_row) break;
-    write_vector(out, shape, row, vec, vec < shape.vecs_per_row, x[i], global, rcp6);
+    write_vector(out, shape, row, vec, vec < shape.vecs_per_row, x[i], vector_amax(x[i]), global, rcp6);
   }
   zero_sf_padding(out, shape, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }

@@ -14,7 +14,7 @@ struct SwigluSource {
   float limit;
 
   using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 4;
+  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 3;
   __device__ __forceinline__ void prepare(Shared&) {}
   struct Raw {
     uint4 gate[2], up[2];
