@@ -115,4 +115,17 @@ Bench::~Bench() {
   std::ofstream(json_path_) << all.dump(1) << "\n";
 }
 
+int run(int argc, char** argv, void (*body)(Bench&)) {
+  try {
+    const gpu::DeviceList list = gpu::find_devices();
+    if (list.devices.empty()) throw_resource("no GPU: {}", list.absence);
+    Bench bench(argc, argv);
+    body(bench);
+    return 0;
+  } catch (const Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return error.exit_code();
+  }
+}
+
 }  // namespace dsv4::bench

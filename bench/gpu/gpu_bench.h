@@ -71,4 +71,7 @@ void fill_random_sf(void* device, int64_t bytes, uint32_t seed, cudaStream_t str
 
 void launch_empty(const GpuContext& context);
 
+// main(): runs body on a Bench; an error (no GPU, a wrong argument) is printed and becomes the exit code of base/check.h.
+int run(int argc, char** argv, void (*body)(Bench&));
+
 }  // namespace dsv4::bench

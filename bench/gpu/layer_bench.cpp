@@ -153,10 +153,10 @@ void bench_hyper_connection(bench::Bench& b) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bench::Bench b(argc, argv);
-  bench_rope_norm_insert(b);
-  bench_gather(b);
-  bench_compress(b);
-  bench_hyper_connection(b);
-  return 0;
+  return bench::run(argc, argv, [](bench::Bench& b) {
+    bench_rope_norm_insert(b);
+    bench_gather(b);
+    bench_compress(b);
+    bench_hyper_connection(b);
+  });
 }

@@ -185,10 +185,10 @@ void bench_dequantize(bench::Bench& b) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bench::Bench b(argc, argv);
-  bench_quantize(b);
-  bench_dequantize(b);
-  bench_swiglu(b);
-  bench_inverse_rope(b);
-  return 0;
+  return bench::run(argc, argv, [](bench::Bench& b) {
+    bench_quantize(b);
+    bench_dequantize(b);
+    bench_swiglu(b);
+    bench_inverse_rope(b);
+  });
 }
