@@ -6,8 +6,8 @@
 # --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib); without it they are built in build/gpu (needs nvcc, cmake)
 # --only NAME run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME
 # Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else docs/results/.
-# Sanitizers (memcheck, racecheck, initcheck) run the tests matched by a binary's file <name>.sanitize beside it (a gtest filter,
-# small cases), or every test but those named *Exhaustive* when there is none.
+# Sanitizers (memcheck, racecheck, initcheck) run the small cases: the gtest filter in tests/gpu/<binary>.sanitize (or beside the
+# binary), or every test but those named *Exhaustive* when there is none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin= tests=1 sanitize=1 bench=1 quick= only=
@@ -61,7 +61,9 @@ if [ -n "$sanitize" ]; then
     for test in "$bin"/dsv4_tests_gpu_${only:-*}; do
       [ -x "$test" ] && [[ $test != *.sanitize ]] || continue
       filter='-*Exhaustive*'
-      [ -f "$test.sanitize" ] && filter=$(cat "$test.sanitize")
+      for list in "$root/tests/gpu/$(basename "$test").sanitize" "$test.sanitize"; do
+        [ -f "$list" ] && filter=$(cat "$list")
+      done
       for tool in memcheck racecheck initcheck; do
         run "$tool $(basename "$test")" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 --gtest_filter="$filter"
       done
