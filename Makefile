@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PACKAGES = g++ cmake ninja-build pkg-config python3 nlohmann-json3-dev libpcre2-dev libcli11-dev libfmt-dev libgtest-dev
 PROMPT ?= It was late in the evening when
 
-.PHONY: demo test setup build sanitize cuda format tidy clean
+.PHONY: demo test setup build sanitize cuda python format tidy clean
 
 demo: build
 	$(BUILD)/apps/dsv4 inspect models/demo
@@ -39,6 +39,13 @@ sanitize: setup
 cuda: setup
 	cmake --preset cuda
 	cmake --build build-cuda -j $(JOBS) --target dsv4_kernels_sm90 dsv4_kernels_sm100 dsv4_kernels_any
+
+# The Python package and its tests in a virtual environment; nanobind and pytest come from PyPI.
+python: PACKAGES += python3-venv python3-dev
+python: setup
+	python3 -m venv $(BUILD)/venv
+	$(BUILD)/venv/bin/pip install -q '.[test]'
+	$(BUILD)/venv/bin/python -m pytest -q tests/python
 
 format:
 	git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh' | xargs clang-format -i
