@@ -10,9 +10,9 @@ namespace dsv4 {
 namespace {
 
 // Up to here a layer call is weight streaming with one or two rows per expert; measured in docs/kernels/moe_sm90.md.
-constexpr int64_t kStreamMaxTokens = 96;
+constexpr int64_t kStreamMaxTokens = 192;
 // Rows per expert (mean) from which the wide tiles win.
-constexpr int64_t kLargeTileMeanRows = 40;
+constexpr int64_t kLargeTileMeanRows = 32;
 
 }  // namespace
 
@@ -29,7 +29,7 @@ MoePlan plan_moe(const MoePlanInput& in) {
   const int64_t slots = in.num_tokens * in.num_topk;
   if (in.act == ActFormat::kBf16 && in.num_tokens <= kStreamMaxTokens && slots <= sm90::kStreamMaxSlots) {
     plan.tier = MoeTier::kStream;  // decode: latency and bandwidth
-    plan.max_rows = in.num_tokens <= 8 ? 8 : 16;  // T <= 8: an expert has at most 8 rows unless a token names it twice
+    plan.max_rows = in.num_tokens <= 64 ? 8 : 16;  // beyond, too many experts would need a second pass over their weights
   } else {
     plan.tier = MoeTier::kTiled;  // large decode batches and prefill; every a4 call
     // few rows: a deeper ring of smaller stages; many rows: fewer decodes of each weight

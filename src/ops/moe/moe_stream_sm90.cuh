@@ -48,7 +48,7 @@ struct StreamTraits {
     uint16_t chunk_rows[kStreamMaxSlots];
     uint64_t partial_full[kBuffers], partial_empty[kBuffers];
     int num_chunks;
-    uint32_t flag;
+    uint32_t flag, exit_flag;
   };
   static constexpr int kMaxSmem = 227 * 1024;
   static constexpr int kRingOffset = (sizeof(Shared) + 16 * 32 + 127) / 128 * 128;
@@ -367,8 +367,7 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typen
     }
     sum[tile][0] = v.x, sum[tile][1] = v.y, sum[tile][2] = v.z, sum[tile][3] = v.w;
   }
-  __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(partial_empty);
+  ptx::mbarrier_arrive(partial_empty);
 
   if (!task.is_fc2) {
     const float alpha_gate = alpha[0], alpha_up = alpha[1];
@@ -445,8 +444,7 @@ __device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& 
     else
       stream_task_sums<Traits, 1>(ring, full, empty, task, group, warp, lane, first_stage, partial, &shared.partial_empty[buffer], phase);
     first_stage += (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.partial_full[buffer]);
+    ptx::mbarrier_arrive(&shared.partial_full[buffer]);
   }
 }
 
@@ -480,8 +478,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
       ptx::mbarrier_init(&empty[i], 4);  // one per warp of the group that used it
     }
     for (int i = 0; i < Traits::kBuffers; ++i) {
-      ptx::mbarrier_init(&shared.partial_full[i], Traits::kMathWarps);
-      ptx::mbarrier_init(&shared.partial_empty[i], 4);
+      ptx::mbarrier_init(&shared.partial_full[i], 32 * Traits::kMathWarps);
+      ptx::mbarrier_init(&shared.partial_empty[i], 32 * Traits::kFinishWarps);
     }
     ptx::fence_mbarrier_init();
   }
@@ -513,10 +511,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   // The last CTA to finish leaves the counters as it found them.
   __syncthreads();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(6);
-  if (threadIdx.x == 0) shared.flag = add_acq_rel(args.exited, 1);
+  if (threadIdx.x == 0) shared.exit_flag = add_acq_rel(args.exited, 1);
   __syncthreads();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(7);
-  if (shared.flag != gridDim.x - 1) return;
+  if (shared.exit_flag != gridDim.x - 1) return;
   for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
   for (int i = threadIdx.x; i < strips2; i += Traits::kThreads) args.fc2_done[i] = 0;
   if (threadIdx.x == 0) *args.exited = 0;
