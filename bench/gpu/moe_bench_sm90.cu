@@ -2,7 +2,7 @@
 //
 //   moe_bench check [seed]      many shapes, token counts and routings, both tiers, a16 and a4
 //   moe_bench fuzz N            N random (T, routing) cases on a small shape, 16-bit equality of the tiers and error bound
-//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled-small|tiled-large] [--act a16|a4] [--json FILE]
+//   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled] [--act a16|a4] [--json FILE]
 //   moe_bench run SHAPE T TIER  three plain launches, for profilers
 //   moe_bench copies            bulk copies alone, by chunk, depth and order
 //   moe_bench ceilings
@@ -181,7 +181,7 @@ MoePlanInput plan_input(const Shape& s, int64_t tokens, const Tier& tier) {
 MoePlan make_plan(const Shape& s, int64_t tokens, const Tier& tier) {
   const MoePlanInput in = plan_input(s, tokens, tier);
   MoePlan plan = plan_moe(in);
-  if (tier.name.rfind("tiled", 0) == 0) plan.tier = MoeTier::kTiled, plan.tile_rows = tier.name == "tiled-large" ? sm90::kTileRowsLarge : sm90::kTileRowsSmall;
+  if (tier.name.rfind("tiled", 0) == 0) plan.tier = MoeTier::kTiled;
   if (tier.name == "stream8") plan.tier = MoeTier::kStream, plan.max_rows = 8;
   if (tier.name == "stream16") plan.tier = MoeTier::kStream, plan.max_rows = 16;
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
@@ -291,7 +291,7 @@ int run_check(uint64_t seed) {
     for (const int64_t tokens : big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
       for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles, Routing::kNone, Routing::kDuplicates}) {
         if (big && tokens > 64 && routing != Routing::kZipf && routing != Routing::kOneExpert) continue;
-        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled-small"}, Tier{"tiled-large"}, Tier{"tiled-small", ActFormat::kNvfp4}, Tier{"tiled-large", ActFormat::kNvfp4}}) {
+        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
           if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
           ++count;
           failed += !check_case(m, tokens, routing, seed + 1000 * tokens + int(routing), tier, stream.get(), big);
@@ -309,7 +309,7 @@ int run_fuzz(int n, const std::string& shape) {
   const int64_t max_tokens = 160;
   int failed = 0;
   const auto bytes = [&](const Tier& t) { return make_plan(s, max_tokens, t).workspace_bytes; };
-  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled-small"})) + 1024);
+  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled"})) + 1024);
   init_moe_workspace(workspace.data(), plan_input(s, max_tokens, {}), stream.get());
   for (int i = 0; i < n && failed < 5; ++i) {
     const uint64_t r = mix(i);
@@ -317,7 +317,7 @@ int run_fuzz(int n, const std::string& shape) {
     const Routing routing = static_cast<Routing>((r >> 40) % 6);
     Layer l = make_layer(s, tokens, routing, i, i % 2 == 0, stream.get());
     const Reference ref = make_reference(m, l, ActFormat::kBf16, stream.get());
-    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled-small"}, Tier{"tiled-large"}}) {
+    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}}) {
       if (tier.name.rfind("tiled", 0) != 0 && tokens * s.topk > sm90::kStreamMaxSlots) continue;
       gpu::fill(l.y.data(), 0xff, l.y.bytes(), stream.get());
       run_layer(m, l, tier, make_plan(s, tokens, tier), workspace, stream.get());

@@ -35,8 +35,6 @@ TEST(MoePlan, FlashChoicesByTokens) {
   }
   EXPECT_EQ(plan_moe(flash(128)).max_rows, 16);
   EXPECT_EQ(plan_moe(flash(256)).tier, MoeTier::kTiled);
-  EXPECT_EQ(plan_moe(flash(1024)).tile_rows, sm90::kTileRowsSmall);
-  EXPECT_EQ(plan_moe(flash(4096)).tile_rows, sm90::kTileRowsLarge);
   EXPECT_EQ(plan_moe(flash(8, ActFormat::kNvfp4)).tier, MoeTier::kTiled);
   EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
   EXPECT_NE(plan_moe(flash(8)).to_string().find("stream: 8 rows"), std::string::npos);
@@ -198,12 +196,11 @@ class MoeGpu : public ::testing::Test {
       SCOPED_TRACE(::testing::Message() << "stream " << rows << ", tokens " << tokens);
       if (tokens * shape.topk <= sm90::kStreamMaxSlots) expect_right(idx, tokens, plan, ActFormat::kBf16, shared);
     }
-    for (const int rows : {sm90::kTileRowsSmall, sm90::kTileRowsLarge})
-      for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
-        plan.tier = MoeTier::kTiled, plan.tile_rows = rows;
-        SCOPED_TRACE(::testing::Message() << "tiled " << rows << (act == ActFormat::kNvfp4 ? " a4" : " a16") << ", tokens " << tokens);
+    for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
+        plan.tier = MoeTier::kTiled;
+        SCOPED_TRACE(::testing::Message() << "tiled" << (act == ActFormat::kNvfp4 ? " a4" : " a16") << ", tokens " << tokens);
         expect_right(idx, tokens, plan, act, shared);
-      }
+    }
   }
 
   gpu::Stream stream;

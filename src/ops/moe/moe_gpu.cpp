@@ -43,7 +43,7 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
   t.h_rows = at<bf16>(args, layout.h);
   t.slot_y = at<bf16>(args, layout.slot_y);
   t.swiglu_limit = args.swiglu_limit;
-  sm90::launch_moe_route(args.shape, args.topk_idx, args.num_tokens, plan.tile_rows, routing, stream);
+  sm90::launch_moe_route(args.shape, args.topk_idx, args.num_tokens, routing, stream);
   if (args.act == ActFormat::kNvfp4) {
     float* x_global = at<float>(args, layout.x_global);
     float* h_global = at<float>(args, layout.h_global);
@@ -51,12 +51,12 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
     t.h_global = h_global;
     t.h_wide = at<float>(args, layout.h_wide);
     sm90::launch_moe_gather_nvfp4(args.shape, routing, args.x, at<bf16>(args, layout.x_rows), x_global, stream);
-    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc1, plan.tile_rows, plan.ctas, stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc1, plan.ctas, stream);
     sm90::launch_moe_requantize(args.shape, routing, t.h_wide, t.h_rows, h_global, stream);
-    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc2, plan.tile_rows, plan.ctas, stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc2, plan.ctas, stream);
   } else {
     sm90::launch_moe_gather(args.shape, routing, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), stream);
-    sm90::launch_moe_tiled(t, sm90::TiledPhase::kBoth, plan.tile_rows, plan.ctas, stream);
+    sm90::launch_moe_tiled(t, sm90::TiledPhase::kBoth, plan.ctas, stream);
   }
   sm90::launch_moe_combine(args.shape, args.topk_idx, t.slot_y, args.shared_y, args.num_tokens, args.y, stream);
 }

@@ -11,8 +11,6 @@ namespace {
 
 // Up to here a layer call is weight streaming with one or two rows per expert; measured in docs/kernels/moe_sm90.md.
 constexpr int64_t kStreamMaxTokens = 192;
-// Rows per expert (mean) from which the wide tiles win.
-constexpr int64_t kLargeTileMeanRows = 32;
 
 }  // namespace
 
@@ -32,8 +30,6 @@ MoePlan plan_moe(const MoePlanInput& in) {
     plan.max_rows = in.num_tokens <= 64 ? 8 : 16;  // beyond, too many experts would need a second pass over their weights
   } else {
     plan.tier = MoeTier::kTiled;  // large decode batches and prefill; every a4 call
-    // few rows: a deeper ring of smaller stages; many rows: fewer decodes of each weight
-    plan.tile_rows = slots >= kLargeTileMeanRows * in.num_experts ? sm90::kTileRowsLarge : sm90::kTileRowsSmall;
     plan.split_launch = in.act == ActFormat::kNvfp4;
   }
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
@@ -42,7 +38,7 @@ MoePlan plan_moe(const MoePlanInput& in) {
 
 std::string MoePlan::to_string() const {
   if (tier == MoeTier::kStream) return fmt::format("stream: {} rows a task, {} CTAs, workspace {} bytes", max_rows, ctas, workspace_bytes);
-  return fmt::format("tiled: up to {} rows a tile, {} CTAs, {}, workspace {} bytes", tile_rows, ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
+  return fmt::format("tiled: {} CTAs, {}, workspace {} bytes", ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
                      workspace_bytes);
 }
 

@@ -25,7 +25,6 @@ struct MoePlanInput {
 struct MoePlan {
   MoeTier tier = MoeTier::kStream;
   int max_rows = 0;      // kStream: token rows a task
-  int tile_rows = 0;     // kTiled: most token rows a tile
   int ctas = 0;          // persistent, one per SM
   bool split_launch = false;  // fc1 and fc2 in launches of their own (a4: the global scale of a row of h needs the whole row)
   int64_t workspace_bytes = 0;

@@ -16,7 +16,7 @@ constexpr int kSlice = 128;       // rows a tile can have, rounded up: how warps
 
 // One CTA. Warp w takes a contiguous run of slots; ranks follow slot order, so the result is deterministic.
 __global__ void __launch_bounds__(32 * kRouteWarps, 1)
-    moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, int tile_rows, MoeRouting routing) {
+    moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, MoeRouting routing) {
   extern __shared__ int count[];  // [kRouteWarps, num_experts], then per expert: first row, first tile
   const int num_experts = shape.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int* first_row = count + kRouteWarps * num_experts;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(32 * kRouteWarps, 1)
     int rows = 0, tiles = 0;
     for (int base = 0; base < num_experts; base += 32) {
       const int e = base + lane, n = e < num_experts ? total[e] : 0;
-      const int padded = (n + 7) / 8 * 8, cut = (n + tile_rows - 1) / tile_rows;
+      const int padded = (n + 7) / 8 * 8, cut = (n + kTileRows - 1) / kTileRows;
       int row_sum = padded, tile_sum = cut;
       for (int d = 1; d < 32; d *= 2) {
         const int other_rows = __shfl_up_sync(0xffffffffu, row_sum, d), other_tiles = __shfl_up_sync(0xffffffffu, tile_sum, d);
@@ -84,9 +84,9 @@ __global__ void __launch_bounds__(32 * kRouteWarps, 1)
   }
   __syncthreads();
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x)
-    for (int j = 0; j * tile_rows < total[e]; ++j) {
-      const int rows = min(tile_rows, total[e] - j * tile_rows);
-      routing.tiles[first_tile[e] + j] = {e, first_row[e] + j * tile_rows, rows, (rows + 7) / 8 * 8};
+    for (int j = 0; j * kTileRows < total[e]; ++j) {
+      const int rows = min(kTileRows, total[e] - j * kTileRows);
+      routing.tiles[first_tile[e] + j] = {e, first_row[e] + j * kTileRows, rows, (rows + 7) / 8 * 8};
       routing.tile_done[first_tile[e] + j] = 0;
     }
   for_each_batch([&](int i, int e) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(256) moe_combine_kernel(MoeShape shape, const 
 
 }  // namespace
 
-void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, int tile_rows, const MoeRouting& routing,
+void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, const MoeRouting& routing,
                       cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = 1;
@@ -239,7 +239,7 @@ void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t nu
   config.stream = stream;
   config.dependent = true;
   gpu::allow_smem(moe_route_kernel, config.smem_bytes);
-  gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, tile_rows, routing);
+  gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, routing);
 }
 
 void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,

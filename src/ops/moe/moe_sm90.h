@@ -50,11 +50,11 @@ void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaSt
 
 // ---- tiled tier: route, gather, GEMMs, combine as four launches, any number of rows per expert ----
 //
-// Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of at most tile_rows. A token operand
+// Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of at most kTileRows. A token operand
 // (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row after row of 128
 // bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk copy each.
 
-constexpr int kTileRowsSmall = 32, kTileRowsLarge = 120;  // what tile_rows can be
+constexpr int kTileRows = 120;
 
 struct MoeTile {
   int expert;
@@ -76,7 +76,7 @@ constexpr int64_t moe_max_rows(int64_t slots, int num_experts) {
   return slots + 7 * (slots < num_experts ? slots : num_experts);
 }
 constexpr int64_t moe_max_tiles(int64_t slots, int num_experts) {
-  return (slots < num_experts ? slots : num_experts) + slots / kTileRowsSmall;
+  return (slots < num_experts ? slots : num_experts) + slots / kTileRows;
 }
 
 struct MoeTiledArgs {
@@ -94,7 +94,7 @@ struct MoeTiledArgs {
 };
 enum class TiledPhase : int { kBoth, kFc1, kFc2 };
 
-void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, int tile_rows,
+void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens,
                       const MoeRouting& routing, cudaStream_t stream);
 void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,
                        cudaStream_t stream);
@@ -103,7 +103,7 @@ void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, c
                              cudaStream_t stream);
 void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
                            cudaStream_t stream);
-void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int tile_rows, int ctas, cudaStream_t stream);
+void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream);
 void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,
                         bf16* y, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// Instances and launcher of the tiled tier.
+// Instance and launcher of the tiled tier.
 #include "gpu/launch.h"
 #include "ops/moe/moe_tiled_sm90.cuh"
 
@@ -19,12 +19,8 @@ void launch_traits(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStr
 
 }  // namespace
 
-void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int tile_rows, int ctas, cudaStream_t stream) {
-  DSV4_GPU_REQUIRE("moe_tiled", tile_rows == kTileRowsSmall || tile_rows == kTileRowsLarge, "tile_rows = %d", tile_rows);
-  if (tile_rows == kTileRowsSmall)
-    launch_traits<TiledTraits<6, 16, 16, kTileRowsSmall>>(args, phase, ctas, stream);
-  else
-    launch_traits<TiledTraits<3, 64, 104, kTileRowsLarge>>(args, phase, ctas, stream);
+void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream) {
+  launch_traits<TiledTraits>(args, phase, ctas, stream);
 }
 
 }  // namespace dsv4::sm90

@@ -1,8 +1,8 @@
 // Tiled tier of the MoE layer on Hopper: fc1 with SwiGLU and fc2 over sorted token rows, one persistent launch.
 //
-// Task = 192 weight rows (3 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
+// Task = 256 weight rows (4 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
 // all of fc1 first, then fc2, which waits for the tile_done counter of its rows: tickets are handed out in order, so what a
-// CTA waits for is always held by a running CTA. Warps: three math warpgroups with one strip each, a warp that draws tickets
+// CTA waits for is always held by a running CTA. Warps: four math warpgroups with one strip each, a warp that draws tickets
 // and copies weights (never waiting for fc1), and one that copies token rows. Weights are decoded in registers and used as the
 // register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8; no decoded weight is ever stored.
 #pragma once
@@ -23,18 +23,16 @@ struct TiledTask {
   int expert, first_row, rows, padded;
 };
 
-// kRows..: the three widths a tile can have; the last is the most rows of a tile.
-template <int kMathWarpgroups_, int kRows1_, int kRows2_, int kRows3_>
 struct TiledTraits {
-  static constexpr int kMathWarpgroups = kMathWarpgroups_;
-  static constexpr int kRows1 = kRows1_, kRows2 = kRows2_, kRows3 = kRows3_;
-  static constexpr int kStrips = kMathWarpgroups;  // one strip each: 192 weight rows a task
+  static constexpr int kMathWarpgroups = 4;
+  static constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
+  static constexpr int kStrips = kMathWarpgroups;  // one strip each: 256 weight rows a task
   static constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
   static constexpr int kThreads = 128 * kMathWarpgroups + 64 * kLoaders;
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
-  static constexpr int kRowBytes = kRows3 * 128 * kStageBlocks;
+  static constexpr int kRowBytes = kTileRows * 128 * kStageBlocks;
   static constexpr int kStages = (227 * 1024 - 4096) / (kWeightBytes + kRowBytes) > 8 ? 8 : (227 * 1024 - 4096) / (kWeightBytes + kRowBytes);
   static constexpr int kTaskRing = 3;
 
@@ -43,8 +41,8 @@ struct TiledTraits {
     alignas(128) uint8_t weights[kStages][kWeightBytes];
     uint64_t full[kStages], empty[kStages];
     TiledTask task[kTaskRing];
-    int32_t slot[kTaskRing][kRows3];  // of the task's rows, and their routing weights
-    float rho[kTaskRing][kRows3];
+    int32_t slot[kTaskRing][kTileRows];  // of the task's rows, and their routing weights
+    float rho[kTaskRing][kTileRows];
     float alpha[kTaskRing][3];
     uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
   };
@@ -271,8 +269,7 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
   float sum[kN / 2];
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
-  uint32_t a[2][2][4];  // half a block each: one is decoded while the tensor cores work on the other
-  int previous = -1;
+  uint32_t a[2][2][4];
   const uint32_t second = task.padded * 128;  // offset of the stage's second block of token rows
 #pragma unroll 1
   for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
@@ -284,25 +281,19 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
       uint4 codes;
       load_shared_16(codes, weights + k * kMoeBlockBytes + thread * 16);
       const uint32_t scales = load_shared_u16(weights + k * kMoeBlockBytes + kMoeBlockCodeBytes + thread * 2);
-      // An odd last block stands twice in its stage; the second time with zero scales. No branch: wgmma is in flight.
-      const uint32_t sf_low = k < left ? decode_sf<0>(scales) : 0, sf_high = k < left ? decode_sf<1>(scales) : 0;
+      const uint32_t sf_low = k < left ? decode_sf<0>(scales) : 0, sf_high = k < left ? decode_sf<1>(scales) : 0;  // odd tail stands twice
+      decode_half_block(codes.x, codes.z, sf_low, sf_high, a[0]);
+      decode_half_block(codes.y, codes.w, sf_low, sf_high, a[1]);
+      wgmma_fence();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        decode_half_block(half ? codes.y : codes.x, half ? codes.w : codes.z, sf_low, sf_high, a[half]);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 2; ++step)
-          Wgmma<kN>::mma(sum, a[half][step], wgmma_descriptor(rows + (k ? second : 0) + (2 * half + step) * 32));
-        wgmma_commit();
-        wgmma_wait<1>();  // the other half's fragments may be rewritten
-        if (k == 0 && half == 0 && previous >= 0 && lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
-      }
+      for (int step = 0; step < 4; ++step)
+        Wgmma<kN>::mma(sum, a[step / 2][step % 2], wgmma_descriptor(rows + (k ? second : 0) + step * 32));
+      wgmma_commit();
+      wgmma_wait<0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
     }
-    previous = at.stage;
+    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[at.stage]);
     at.advance();
   }
-  wgmma_wait<0>();
-  if (lane == 0) ptx::mbarrier_arrive(&shared.empty[previous]);
   const TiledWork work = tiled_work<T>(args, task);
   spin_until([&] { return mbarrier_try_wait_long(&shared.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
   if (group < work.num_strips) {
@@ -317,6 +308,20 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
   }
 }
 
+// The narrowest instance that holds the tile.
+template <class T, int kN, int... kWider>
+__device__ __forceinline__ void tiled_dispatch(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
+                                               uint32_t phase, TiledRing<T::kStages>& at) {
+  if constexpr (sizeof...(kWider) == 0) {
+    tiled_task<T, kN>(args, shared, task, slot, phase, at);
+  } else {
+    if (task.padded <= kN)
+      tiled_task<T, kN>(args, shared, task, slot, phase, at);
+    else
+      tiled_dispatch<T, kWider...>(args, shared, task, slot, phase, at);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T::Shared& shared) {
   TiledRing<T::kTaskRing> task_at;
@@ -327,21 +332,7 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T:
     if (task.tile < 0) return;
     // Three widths and not sixteen: with more instances in one kernel ptxas serialises every wgmma (C7512, misreported as a
     // shortage of registers).
-    if constexpr (T::kRows1 < T::kRows2) {
-      if (task.padded <= T::kRows1)
-        tiled_task<T, T::kRows1>(args, shared, task, task_at.stage, task_at.phase, at);
-      else if (task.padded <= T::kRows2)
-        tiled_task<T, T::kRows2>(args, shared, task, task_at.stage, task_at.phase, at);
-      else
-        tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
-    } else if constexpr (T::kRows2 < T::kRows3) {
-      if (task.padded <= T::kRows2)
-        tiled_task<T, T::kRows2>(args, shared, task, task_at.stage, task_at.phase, at);
-      else
-        tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
-    } else {
-      tiled_task<T, T::kRows3>(args, shared, task, task_at.stage, task_at.phase, at);
-    }
+    tiled_dispatch<T, 8, 16, 24, 32, 48, 64, 80, 96, 104, 112, kTileRows>(args, shared, task, task_at.stage, task_at.phase, at);
     ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
   }
@@ -368,6 +359,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x >= 128 * T::kMathWarpgroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kLoaderRegisters));
     const int loader = threadIdx.x / 32 - 4 * T::kMathWarpgroups;
     if (loader >= T::kLoaders)
       tiled_load_rows<T>(args, shared, phase, loader - T::kLoaders);
@@ -376,6 +368,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     else if (threadIdx.x % 32 == 0)
       tiled_load_weights<T>(args, shared, loader);
   } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
     tiled_math<T>(args, shared);
   }
 }
