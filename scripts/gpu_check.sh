@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$bin" ]; then
   bin=$root/build/gpu/bin
-  cmake -S "$root" -B "$root/build/gpu" -DDSV4_CUDA=ON -DDSV4_BENCH=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$bin" || exit 3
+  cmake -S "$root" -B "$root/build/gpu" -DDSV4_CUDA=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$bin" || exit 3
   cmake --build "$root/build/gpu" -j || exit 3
 fi
 out=${OUT:-$root/docs/results}
