@@ -1,5 +1,6 @@
 // MoE layer on one Hopper GPU: checks against a plain reference, then times whole layers inside a CUDA graph.
 //
+//   moe_bench [--quick] [--json FILE]   ceilings, then the Flash layer (scripts/gpu_check.sh)
 //   moe_bench check [seed]      many shapes, token counts and routings, both tiers, a16 and a4
 //   moe_bench fuzz N            N random (T, routing) cases on a small shape, 16-bit equality of the tiers and error bound
 //   moe_bench time SHAPE [--only T,..] [--routing uniform|zipf] [--tier auto|stream8|stream16|tiled] [--act a16|a4] [--json FILE]
@@ -588,11 +589,31 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
+// What gpu_check.sh calls, [--quick] [--json FILE]: the ceilings, then the Flash layer.
+int run_default(int argc, char** argv) {
+  TimeOptions options;
+  options.tiers = {{"auto", ActFormat::kBf16}};
+  for (int i = 1; i < argc; ++i) {
+    const std::string key = argv[i];
+    if (key == "--quick") {
+      options.tokens = {1, 64};
+    } else if (key == "--json" && i + 1 < argc) {
+      options.json = argv[++i];
+    } else {
+      fprintf(stderr, "unknown option %s\n", key.c_str());
+      return 2;
+    }
+  }
+  const int status = run_ceilings();
+  return status != 0 ? status : run_time("flash", options);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   try {
+    if (mode.empty() || mode.rfind("--", 0) == 0) return run_default(argc, argv);
     if (mode == "check") return run_check(argc > 2 ? strtoull(argv[2], nullptr, 10) : 1);
     if (mode == "fuzz") return run_fuzz(argc > 2 ? atoi(argv[2]) : 100, argc > 3 ? argv[3] : "small");
     if (mode == "run" && argc > 4) return run_once(argv[2], strtoll(argv[3], nullptr, 10), {argv[4]});
