@@ -12,13 +12,8 @@
 namespace dsv4 {
 
 struct VecKernels {
-  // sum_i a[i] * b[i]
-  float (*dot)(const float* a, const float* b, int64_t n);
-  // out[r] = sum_i x[i] * w[r * w_stride + i], r in [0, num_rows)
-  void (*dot_rows)(const float* x, const float* w, int64_t w_stride, int num_rows, int64_t n, float* out);
   // sum_i x[i]^2
   float (*sum_squares)(const float* x, int64_t n);
-  float (*max_abs)(const float* x, int64_t n);
   // y[i] = x[i] * factor * weight[i], weight == nullptr: without. May alias.
   void (*scale)(const float* x, const float* weight, float factor, int64_t n, float* y);
   // y[i] = sum_j coeff[j] * x[j][i] for num_terms arrays

@@ -33,13 +33,6 @@ inline float fold_sum(Lanes v) {
   q += __builtin_shuffle(q, IntLanes4{2, 3, 0, 1});
   return q[0] + q[1];
 }
-inline float fold_max(Lanes v) {
-  float x[kLanes];
-  store(x, v);
-  for (int i = 1; i < kLanes; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
-  return x[0];
-}
-
 // exp(x) for x <= 0 or moderate: 2^k * p(r) with r = x - k ln2 split in two constants (Cody-Waite), degree-6 polynomial.
 // x below -87.3 gives 0 (also -inf); NaN stays NaN through the polynomial.
 inline Lanes exp_lanes(Lanes x) {
@@ -76,50 +69,7 @@ float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-void dot_rows(const float* x, const float* w, int64_t w_stride, int num_rows, int64_t n, float* out) {
-  int r = 0;
-  for (; r + 4 <= num_rows; r += 4) {
-    const float* w0 = w + r * w_stride;
-    const float* w1 = w0 + w_stride;
-    const float* w2 = w1 + w_stride;
-    const float* w3 = w2 + w_stride;
-    Lanes a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      const Lanes x0 = load(x + i), x1 = load(x + i + kLanes);
-      a0 += x0 * load(w0 + i);
-      a1 += x0 * load(w1 + i);
-      a2 += x0 * load(w2 + i);
-      a3 += x0 * load(w3 + i);
-      b0 += x1 * load(w0 + i + kLanes);
-      b1 += x1 * load(w1 + i + kLanes);
-      b2 += x1 * load(w2 + i + kLanes);
-      b3 += x1 * load(w3 + i + kLanes);
-    }
-    float sums[4] = {fold_sum(a0 + b0), fold_sum(a1 + b1), fold_sum(a2 + b2), fold_sum(a3 + b3)};
-    for (; i < n; ++i)
-      for (int j = 0; j < 4; ++j) sums[j] += x[i] * w[(r + j) * w_stride + i];
-    for (int j = 0; j < 4; ++j) out[r + j] = sums[j];
-  }
-  for (; r < num_rows; ++r) out[r] = dot(x, w + r * w_stride, n);
-}
-
 float sum_squares(const float* x, int64_t n) { return dot(x, x, n); }
-
-float max_abs(const float* x, int64_t n) {
-  Lanes m{};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Lanes a = (Lanes)((UintLanes)load(x + i) & 0x7fffffffu);
-    m = maximum(a, m);
-  }
-  float result = fold_max(m);
-  for (; i < n; ++i) {
-    const float a = x[i] < 0 ? -x[i] : x[i];
-    result = a > result ? a : result;
-  }
-  return result;
-}
 
 void scale(const float* x, const float* weight, float factor, int64_t n, float* y) {
   int64_t i = 0;
@@ -343,7 +293,7 @@ void round_bf16(float* x, int64_t n) {
 
 }  // namespace
 
-extern const VecKernels kTable{dot,           dot_rows, sum_squares,  max_abs,    scale,       combine,  attend_scores,
-                               attend_values, exp_sum,  softmax_pool, relu_scores, decode_bf16, encode_bf16, round_bf16};
+extern const VecKernels kTable{sum_squares,  scale,       combine,     attend_scores, attend_values, exp_sum,
+                               softmax_pool, relu_scores, decode_bf16, encode_bf16,   round_bf16};
 
 }  // namespace dsv4::DSV4_VEC_NAMESPACE

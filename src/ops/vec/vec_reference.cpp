@@ -17,17 +17,7 @@ double dot_double(const float* a, const float* b, int64_t n) {
 
 float dot(const float* a, const float* b, int64_t n) { return static_cast<float>(dot_double(a, b, n)); }
 
-void dot_rows(const float* x, const float* w, int64_t w_stride, int num_rows, int64_t n, float* out) {
-  for (int r = 0; r < num_rows; ++r) out[r] = dot(x, w + r * w_stride, n);
-}
-
 float sum_squares(const float* x, int64_t n) { return dot(x, x, n); }
-
-float max_abs(const float* x, int64_t n) {
-  float result = 0;
-  for (int64_t i = 0; i < n; ++i) result = std::max(result, std::fabs(x[i]));
-  return result;
-}
 
 void scale(const float* x, const float* weight, float factor, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] = weight ? weight[i] * (x[i] * factor) : x[i] * factor;
@@ -100,9 +90,8 @@ void round_bf16_array(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = round_bf16(x[i]);
 }
 
-constexpr VecKernels kReferenceTable{dot,          dot_rows,      sum_squares, max_abs,      scale,
-                                     combine,      attend_scores, attend_values, exp_sum,    softmax_pool,
-                                     relu_scores,  decode_bf16_array, encode_bf16_array, round_bf16_array};
+constexpr VecKernels kReferenceTable{sum_squares,  scale,        combine,     attend_scores,     attend_values,     exp_sum,
+                                     softmax_pool, relu_scores, decode_bf16_array, encode_bf16_array, round_bf16_array};
 
 }  // namespace
 
