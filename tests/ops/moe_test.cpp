@@ -262,14 +262,35 @@ TEST(MoeCost, CountsEachActivatedExpertOnce) {
   EXPECT_EQ(cost.flops, 2.0 * (5 * 3 * 64 * 32 + 3 * 3 * 64 * 48));
 }
 
-TEST(Swiglu, ExpIsWithinOneAndAHalfUlp) {
+// Distance of silu(g) from g / (1 + e^-g) in units in the last place of the exact value.
+double silu_error_ulp(float g) {
+  const double exact = g / (1.0 + std::exp(-static_cast<double>(g)));
+  return std::abs(silu(g) - exact) / std::ldexp(1.0, std::ilogb(exact) - 23);
+}
+
+TEST(Swiglu, SiluIsAccurateOnEveryBf16Gate) {
   double worst = 0.0;
-  for (float t = -87.0f; t <= 88.0f; t += 0.000931f) {
-    const double exact = std::exp(static_cast<double>(t));
-    const float ulp = std::nextafter(static_cast<float>(exact), INFINITY) - static_cast<float>(exact);
-    worst = std::max(worst, std::abs(swiglu_exp(t) - exact) / ulp);
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float g = decode_bf16({static_cast<uint16_t>(bits)});
+    if (std::abs(g) <= 80.0f && std::abs(g) > 0x1p-120f) worst = std::max(worst, silu_error_ulp(g));
   }
-  EXPECT_LT(worst, 1.5);
+  EXPECT_LT(worst, 2.25);
+}
+
+TEST(Swiglu, SiluIsAccurateOnBinary32Gates) {
+  double worst = 0.0;
+  for (float g = -80.0f; g <= 80.0f; g += 0.000931f) worst = std::max(worst, silu_error_ulp(g));
+  for (float g = 1e-30f; g < 80.0f; g *= 1.0003f) worst = std::max({worst, silu_error_ulp(g), silu_error_ulp(-g)});
+  EXPECT_LT(worst, 2.85);
+}
+
+TEST(Swiglu, GatesFarOutAreTheLimitOfSilu) {
+  constexpr float kInf = INFINITY;
+  EXPECT_EQ(swiglu(1e30f, 1.0f, 1.0f, kInf), 1e30f);
+  EXPECT_EQ(swiglu(kInf, 1.0f, 1.0f, kInf), kInf);
+  EXPECT_EQ(swiglu(-kInf, 1.0f, 1.0f, kInf), silu(-80.0f));
+  EXPECT_NEAR(swiglu(-1e30f, 1.0f, 1.0f, kInf), 0.0, 1e-32);
+  EXPECT_TRUE(std::signbit(swiglu(-0.0f, 1.0f, 1.0f, 10.0f)));
 }
 
 TEST(Swiglu, ClampsAndCheckValues) {

@@ -82,29 +82,23 @@ inline __m256 round_bf16_ps(__m256 v) {
 // swiglu.h, operation by operation. min(limit, g) and max(-limit, u) keep a NaN in the second operand.
 inline __m256 swiglu_ps(__m256 g, __m256 u, __m256 rho, __m256 limit) {
   namespace c = swiglu_constants;
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  g = _mm256_min_ps(limit, g);
-  u = _mm256_max_ps(_mm256_xor_ps(limit, sign), _mm256_min_ps(limit, u));
-  __m256 t = _mm256_xor_ps(g, sign);
-  t = _mm256_min_ps(_mm256_set1_ps(c::kMaxT), t);
-  t = _mm256_max_ps(_mm256_set1_ps(c::kMinT), t);
+  const __m256 one = _mm256_set1_ps(1.0f);
+  g = _mm256_max_ps(_mm256_set1_ps(-c::kMaxGate), _mm256_min_ps(limit, g));
+  u = _mm256_max_ps(_mm256_xor_ps(limit, _mm256_set1_ps(-0.0f)), _mm256_min_ps(limit, u));
+  const __m256 x = _mm256_min_ps(_mm256_set1_ps(c::kMaxGate), g);
   const __m256 magic = _mm256_set1_ps(c::kRoundMagic);
-  const __m256 shifted = _mm256_add_ps(_mm256_mul_ps(t, _mm256_set1_ps(c::kLog2e)), magic);
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(-c::kLog2e), magic);
   const __m256 n = _mm256_sub_ps(shifted, magic);
-  __m256 r = _mm256_sub_ps(t, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2High)));
-  r = _mm256_sub_ps(r, _mm256_mul_ps(n, _mm256_set1_ps(c::kLn2Low)));
-  __m256 p = _mm256_set1_ps(c::kC7);
-  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC6));
-  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC5));
-  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC4));
-  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC3));
-  p = _mm256_add_ps(_mm256_mul_ps(p, r), _mm256_set1_ps(c::kC2));
-  p = _mm256_add_ps(_mm256_mul_ps(p, _mm256_mul_ps(r, r)), r);
-  p = _mm256_add_ps(p, _mm256_set1_ps(1.0f));
-  const __m256i steps = _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_castps_si256(magic));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(steps, _mm256_set1_epi32(127)), 23);
-  const __m256 e = _mm256_mul_ps(p, _mm256_castsi256_ps(power));
-  const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(_mm256_set1_ps(1.0f), e));
+  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(c::kLn2High), x);
+  r = _mm256_fmadd_ps(n, _mm256_set1_ps(c::kLn2Low), r);
+  __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(c::kC6), r, _mm256_set1_ps(c::kC5));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c::kC4));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c::kC3));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c::kC2));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(-1.0f));
+  p = _mm256_fmadd_ps(p, r, one);
+  const __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+  const __m256 silu = _mm256_mul_ps(g, _mm256_div_ps(one, _mm256_fmadd_ps(p, power, one)));
   return _mm256_mul_ps(rho, _mm256_mul_ps(silu, u));
 }
 

@@ -6,40 +6,43 @@
 
 namespace dsv4 {
 
-// silu(g) for g <= 80, bit for bit.
-//
-// Replaced: t - n * kLn2High by one fused operation (the product is exact); p * 2^n by an addition to the exponent (p is in
-// (0.7, 1.5), the product normal); IEEE division by a corrected reciprocal, which rounds correctly while nothing leaves the
-// normal range. Where g is tiny, zero or below -80 the defining function is called. tests/gpu checks all 65536 bf16 inputs.
-__device__ __forceinline__ float silu_device(float g) {
-  namespace c = swiglu_constants;
-  const float magnitude = fabsf(g);
-  if (!(magnitude > 0x1p-90f && magnitude <= 80.0f)) return silu(g);
-  const float t = -g;
-  const float shifted = t * c::kLog2e + c::kRoundMagic;
-  const float n = shifted - c::kRoundMagic;
-  float r = __fmaf_rn(-n, c::kLn2High, t);
-  r = r - n * c::kLn2Low;
-  float p = c::kC7;
-  p = p * r + c::kC6;
-  p = p * r + c::kC5;
-  p = p * r + c::kC4;
-  p = p * r + c::kC3;
-  p = p * r + c::kC2;
-  p = p * (r * r) + r;
-  p = p + 1.0f;
-  const float e = __uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23));
-  const float d = 1.0f + e;
+// 1 / d rounded to nearest, for 1 <= d <= 2^117: one Newton step on the hardware's approximation (tests/gpu tries every such d).
+__device__ __forceinline__ float rcp_rn_normal(float d) {
   const float approximate = ptx::rcp_approx(d);
-  const float reciprocal = __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
-  const float quotient = g * reciprocal;
-  return __fmaf_rn(__fmaf_rn(-d, quotient, g), reciprocal, quotient);
+  return __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
 }
 
+// silu(g) for g >= -80, or NaN; x = min(g, 80).
+__device__ __forceinline__ float silu_device(float g, float x) {
+  namespace c = swiglu_constants;
+  const float shifted = __fmaf_rn(x, -c::kLog2e, c::kRoundMagic);
+  const float n = shifted - c::kRoundMagic;
+  float r = __fmaf_rn(n, c::kLn2High, x);
+  r = __fmaf_rn(n, c::kLn2Low, r);
+  float p = __fmaf_rn(c::kC6, r, c::kC5);
+  p = __fmaf_rn(p, r, c::kC4);
+  p = __fmaf_rn(p, r, c::kC3);
+  p = __fmaf_rn(p, r, c::kC2);
+  p = __fmaf_rn(p, r, -1.0f);
+  p = __fmaf_rn(p, r, 1.0f);
+  const float d = __fmaf_rn(p, __uint_as_float(__float_as_uint(shifted) << 23), 1.0f);
+  return g * rcp_rn_normal(d);
+}
+// g in [-80, 80], or NaN.
+__device__ __forceinline__ float silu_device(float g) { return silu_device(g, g); }
+
+// limit: at most 80.
 __device__ __forceinline__ float swiglu_device(float g, float u, float rho, float limit) {
-  g = ptx::min_nan(g, limit);
+  g = ptx::max_nan(ptx::min_nan(g, limit), -swiglu_constants::kMaxGate);
   u = ptx::max_nan(ptx::min_nan(u, limit), -limit);
   return rho * (silu_device(g) * u);
+}
+
+// Any limit.
+__device__ __forceinline__ float swiglu_device_unlimited(float g, float u, float rho, float limit) {
+  g = ptx::max_nan(ptx::min_nan(g, limit), -swiglu_constants::kMaxGate);
+  u = ptx::max_nan(ptx::min_nan(u, limit), -limit);
+  return rho * (silu_device(g, ptx::min_nan(g, swiglu_constants::kMaxGate)) * u);
 }
 
 }  // namespace dsv4
