@@ -1,0 +1,116 @@
+// MoE layer on one Hopper GPU: ceilings, timings and checks.
+//
+//   dsv4_bench_gpu_moe [--quick] [--json FILE]   ceilings, then the Flash layer (scripts/gpu_check.sh)
+//   dsv4_bench_gpu_moe time SHAPE [--only T,..] [--routing uniform,zipf] [--tier auto,stream8,stream16,tiled] [--act a16|a4]
+//                        [--samples N] [--read 0|1] [--ring 0|1] [--ceilings 0|1] [--json FILE]
+//   dsv4_bench_gpu_moe check [seed]        many shapes, token counts and routings, every tier, a16 and a4
+//   dsv4_bench_gpu_moe fuzz N [SHAPE]      N random (T, routing) cases
+//   dsv4_bench_gpu_moe run SHAPE T TIER    three plain launches, for profilers
+//   dsv4_bench_gpu_moe copies              bulk copies alone, by chunk, depth and order
+//   dsv4_bench_gpu_moe ceilings
+#include <cstdio>
+#include <fstream>
+
+#include "base/check.h"
+#include "gpu/device.h"
+#include "moe_bench.h"
+
+using namespace dsv4;
+using namespace dsv4::bench;
+
+namespace {
+
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  for (size_t from = 0; from <= text.size();) {
+    const size_t comma = std::min(text.find(',', from), text.size());
+    parts.push_back(text.substr(from, comma - from));
+    from = comma + 1;
+  }
+  return parts;
+}
+
+// JSON: one line for the ceilings, one per row.
+int run_time(const MoeTimeOptions& options, bool with_ceilings, const std::string& json_path) {
+  MoeCeilings ceilings;
+  ceilings.read_gb_s = 4600, ceilings.matmul_tflops = 790;  // nominal, where they are not measured
+  std::ofstream json;
+  if (!json_path.empty()) json.open(json_path);
+  if (with_ceilings) {
+    ceilings = measure_moe_ceilings();
+    std::printf("%s\n", moe_ceilings_line(ceilings).c_str());
+    if (json) json << to_json(ceilings) << "\n";
+  }
+  std::printf("%s\n", moe_table_head().c_str());
+  time_moe(options, ceilings, [&](const MoeTimeRow& row) {
+    std::printf("%s\n", moe_table_line(row).c_str());
+    std::fflush(stdout);
+    if (json) json << to_json(row) << std::endl;
+  });
+  return 0;
+}
+
+int run_mode(const std::vector<std::string>& args) {
+  const auto at = [&](size_t i, const char* otherwise) { return i < args.size() ? args[i] : std::string(otherwise); };
+  const std::string mode = at(0, "");
+  if (mode == "check") return run_moe_check(std::stoull(at(1, "1")));
+  if (mode == "fuzz") return run_moe_fuzz(std::stoi(at(1, "100")), at(2, "small"));
+  if (mode == "run") return run_moe_once(at(1, "flash"), std::stoll(at(2, "64")), at(3, "auto"));
+  if (mode == "copies") return run_moe_copies();
+  if (mode == "ceilings") {
+    std::printf("%s\n", moe_ceilings_line(measure_moe_ceilings()).c_str());
+    return 0;
+  }
+  MoeTimeOptions options;
+  std::string json_path;
+  bool ceilings = mode != "time";
+  size_t i = 0;
+  if (mode == "time") options.shape = at(1, "flash"), i = 2;
+  for (; i < args.size(); ++i) {
+    const std::string key = args[i];
+    if (key == "--quick") {
+      options.tokens = {1, 64};
+      continue;
+    }
+    const std::string value = at(++i, "");
+    if (key == "--only") {
+      options.tokens.clear();
+      for (const std::string& t : split(value)) options.tokens.push_back(std::stoll(t));
+    } else if (key == "--routing") {
+      options.routings = split(value);
+    } else if (key == "--tier") {
+      options.tiers = split(value);
+    } else if (key == "--act") {
+      options.a4 = value == "a4";
+    } else if (key == "--samples") {
+      options.samples = std::stoi(value);
+    } else if (key == "--read") {
+      options.read_only = value == "1";
+    } else if (key == "--ring") {
+      options.ring_only = value == "1";
+    } else if (key == "--ceilings") {
+      ceilings = value == "1";
+    } else if (key == "--json") {
+      json_path = value;
+    } else {
+      throw_usage("unknown argument {}, see the head of bench/gpu/moe/main.cpp", key);
+    }
+  }
+  return run_time(options, ceilings, json_path);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const gpu::DeviceList list = gpu::find_devices();
+    if (list.devices.empty()) throw_resource("no GPU: {}", list.absence);
+    return run_mode({argv + 1, argv + argc});
+  } catch (const Error& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return error.exit_code();
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

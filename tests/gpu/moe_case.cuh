@@ -1,0 +1,233 @@
+// What the MoE tests and benches run on: shapes, random experts (linear and packed), routings, one layer's inputs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "codec/bf16.h"
+#include "gpu/buffer.h"
+#include "gpu/stream.h"
+#include "ops/moe/moe_gpu.h"
+#include "ops/moe/moe_layout.h"
+#include "ops/moe/moe_pack_sm90.h"
+#include "ops/moe/moe_workspace.h"
+
+namespace dsv4::testing {
+
+using gpu::DeviceBuffer;
+
+struct CaseShape {
+  const char* name;
+  int hidden, inter, experts, topk;
+  sm90::MoeShape kernel_shape() const { return {hidden, inter, experts, topk}; }
+};
+constexpr CaseShape kCaseShapes[] = {{"flash", 4096, 2048, 256, 6}, {"pro", 7168, 3072, 384, 6}, {"demo", 512, 256, 16, 4},
+                                     {"odd", 320, 192, 7, 3},       {"small", 128, 64, 5, 2},    {"wide", 1088, 576, 40, 8}};
+inline const CaseShape* find_case_shape(const std::string& name) {
+  for (const CaseShape& s : kCaseShapes)
+    if (name == s.name) return &s;
+  return nullptr;
+}
+
+// All experts in linear layout, contiguous. w1/w3: [num_experts, inter, hidden], w2: [num_experts, hidden, inter].
+struct LinearExperts {
+  const uint8_t *w1, *w3, *w2;     // codes
+  const uint8_t *sf1, *sf3, *sf2;  // ue4m3
+  const float* globals;            // [num_experts, 3]
+  int hidden, inter, num_experts, num_topk;
+};
+
+__host__ __device__ inline uint64_t mix(uint64_t z) {
+  z += 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+
+__global__ inline void fill_random_bytes(uint8_t* p, int64_t n, uint64_t seed) {
+  for (int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * 8; i < n; i += int64_t(gridDim.x) * blockDim.x * 8) {
+    const uint64_t r = mix(seed * 0x100000001b3ull + i);
+    for (int j = 0; j < 8 && i + j < n; ++j) p[i + j] = static_cast<uint8_t>(r >> (8 * j));
+  }
+}
+// Codes first .. first + count - 1.
+__global__ inline void fill_random_codes(uint8_t* p, int64_t n, int first, int count, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    p[i] = static_cast<uint8_t>(first + mix(seed * 0x100000001b3ull + i) % count);
+}
+__global__ inline void fill_normal_bf16(bf16* p, int64_t n, float sigma, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    const uint64_t r = mix(seed * 0x100000001b3ull + i);
+    const float u1 = (static_cast<float>(r & 0xffffff) + 1.0f) * 0x1p-24f, u2 = static_cast<float>((r >> 24) & 0xffffff) * 0x1p-24f;
+    p[i] = encode_bf16(sigma * sqrtf(-2.0f * logf(u1)) * cospif(2.0f * u2));
+  }
+}
+
+// Weights of one shape. Globals are sized so that gate and up are of order 4 (part of them beyond the clamp of 10) and y of order 1.
+struct ExpertSet {
+  CaseShape shape{};
+  DeviceBuffer codes[3], sf[3], globals;  // w1, w3, w2
+  DeviceBuffer fc1, fc2, alpha;
+  std::vector<float> host_globals;
+  unsigned long long wrong_weights = 0;   // that decode to another value than the linear form
+
+  LinearExperts linear() const {
+    return {codes[0].as<uint8_t>(), codes[1].as<uint8_t>(), codes[2].as<uint8_t>(), sf[0].as<uint8_t>(), sf[1].as<uint8_t>(),
+            sf[2].as<uint8_t>(), globals.as<float>(), shape.hidden, shape.inter, shape.experts, shape.topk};
+  }
+  sm90::MoeExperts packed() const { return {fc1.as<uint8_t>(), fc2.as<uint8_t>(), alpha.as<float>()}; }
+  sm90::MoeLinearExpert expert(int e) const {
+    const int64_t per = int64_t(shape.hidden) * shape.inter;
+    const auto matrix = [&](int i) {
+      return sm90::MoeLinearMatrix{codes[i].as<uint8_t>() + e * per / 2, sf[i].as<uint8_t>() + e * per / 16, {host_globals[size_t(3 * e + i)]}};
+    };
+    return {matrix(0), matrix(1), matrix(2)};
+  }
+};
+
+enum class ScaleRange { kMiddle, kAll };  // 24 codes from 32 to 240, one global for all; every finite code, three globals per expert
+
+inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange range, cudaStream_t stream) {
+  ExpertSet set;
+  set.shape = shape;
+  const bool all = range == ScaleRange::kAll;
+  const int64_t n = int64_t(shape.experts) * shape.hidden * shape.inter;
+  for (int i = 0; i < 3; ++i) {
+    set.codes[i] = DeviceBuffer(n / 2), set.sf[i] = DeviceBuffer(n / 16);
+    fill_random_bytes<<<1024, 256, 0, stream>>>(set.codes[i].as<uint8_t>(), n / 2, seed + i);
+    fill_random_codes<<<1024, 256, 0, stream>>>(set.sf[i].as<uint8_t>(), n / 16, all ? 0 : 0x60, all ? 127 : 24, seed + 3 + i);
+  }
+  const float rms = (all ? 90.0f : 130.0f) * 3.0f;  // of e2m1 * sf
+  for (int e = 0; e < shape.experts; ++e) {
+    const float vary = all ? 0.75f + 0.5f * float(mix(seed + 77 * e) % 1000) / 1000.0f : 1.0f;
+    set.host_globals.push_back(4.0f * vary / (rms * std::sqrt(float(shape.hidden))));
+    set.host_globals.push_back(4.0f / vary / (rms * std::sqrt(float(shape.hidden))));
+    set.host_globals.push_back(1.0f * vary / (rms * std::sqrt(float(shape.inter))));
+  }
+  set.globals = DeviceBuffer(12 * shape.experts);
+  gpu::copy_to_device(set.globals.data(), set.host_globals.data(), 12 * shape.experts, stream);
+  set.fc1 = DeviceBuffer(shape.experts * moe_fc1_bytes(shape.hidden, shape.inter));
+  set.fc2 = DeviceBuffer(shape.experts * moe_fc2_bytes(shape.hidden, shape.inter));
+  set.alpha = DeviceBuffer(12 * shape.experts);
+  DeviceBuffer wrong(8);
+  gpu::fill(wrong.data(), 0, 8, stream);
+  for (int e = 0; e < shape.experts; ++e) {
+    sm90::pack_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(), set.alpha.as<float>(), stream);
+    sm90::verify_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(), set.alpha.as<float>(),
+                            wrong.as<unsigned long long>(), stream);
+  }
+  gpu::copy_to_host(&set.wrong_weights, wrong.data(), 8, stream);
+  DSV4_CUDA(cudaStreamSynchronize(stream));
+  return set;
+}
+
+enum class Routing { kUniform, kZipf, kOneExpert, kHoles, kNone, kDuplicates };
+constexpr const char* kRoutingNames[] = {"uniform", "zipf", "one-expert", "holes", "none", "duplicates"};
+
+// [tokens, topk]. Distinct experts per token but for kDuplicates; kHoles: a third of the entries name no expert, -1 or out of range.
+inline std::vector<int32_t> make_routing(const CaseShape& s, int64_t tokens, Routing kind, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  std::uniform_real_distribution<double> unit(1e-12, 1.0);
+  const int32_t no_expert[] = {-1, -2, s.experts, s.experts + 1000, INT32_MAX, INT32_MIN};
+  std::vector<int32_t> idx;
+  std::vector<std::pair<double, int>> score(s.experts);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int e = 0; e < s.experts; ++e) {
+      const double gumbel = -std::log(-std::log(unit(rng)));
+      score[e] = {gumbel + (kind == Routing::kZipf ? -std::log(double(e * 37 % s.experts + 1)) : 0.0), e};
+    }
+    std::partial_sort(score.begin(), score.begin() + s.topk, score.end(), std::greater<>());
+    for (int k = 0; k < s.topk; ++k) {
+      int32_t e = score[k].second;
+      if (kind == Routing::kOneExpert) e = k == 0 ? 3 % s.experts : -1;
+      if (kind == Routing::kHoles && rng() % 3 == 0) e = rng() % 2 ? -1 : no_expert[rng() % 6];
+      if (kind == Routing::kNone) e = -1;
+      if (kind == Routing::kDuplicates) e = static_cast<int32_t>(rng() % 2);
+      idx.push_back(e);
+    }
+  }
+  return idx;
+}
+
+struct Layer {  // inputs and output of one call
+  DeviceBuffer x, idx, rho, shared_y, y;
+  std::vector<int32_t> host_idx;
+  std::vector<float> host_rho;
+  int64_t tokens = 0;
+};
+inline Layer make_layer(const CaseShape& s, std::vector<int32_t> idx, int64_t tokens, uint64_t seed, bool shared_y, cudaStream_t stream) {
+  Layer l;
+  l.tokens = tokens;
+  l.host_idx = std::move(idx);
+  std::mt19937_64 rng(seed ^ 0xabcdef);
+  for (int64_t i = 0; i < tokens * s.topk; ++i) l.host_rho.push_back(0.05f + 0.5f * float(rng() % 1000) / 1000.0f);
+  if (tokens == 0) return l;
+  l.x = DeviceBuffer(tokens * s.hidden * 2);
+  l.y = DeviceBuffer(tokens * s.hidden * 2);
+  l.idx = DeviceBuffer(tokens * s.topk * 4);
+  l.rho = DeviceBuffer(tokens * s.topk * 4);
+  fill_normal_bf16<<<256, 256, 0, stream>>>(l.x.as<bf16>(), tokens * s.hidden, 1.0f, seed + 1);
+  if (shared_y) {
+    l.shared_y = DeviceBuffer(tokens * s.hidden * 2);
+    fill_normal_bf16<<<256, 256, 0, stream>>>(l.shared_y.as<bf16>(), tokens * s.hidden, 1.0f, seed + 2);
+  }
+  gpu::fill(l.y.data(), 0xff, l.y.bytes(), stream);
+  gpu::copy_to_device(l.idx.data(), l.host_idx.data(), l.idx.bytes(), stream);
+  gpu::copy_to_device(l.rho.data(), l.host_rho.data(), l.rho.bytes(), stream);
+  DSV4_CUDA(cudaStreamSynchronize(stream));
+  return l;
+}
+inline Layer make_layer(const CaseShape& s, int64_t tokens, Routing kind, uint64_t seed, bool shared_y, cudaStream_t stream) {
+  return make_layer(s, make_routing(s, tokens, kind, seed), tokens, seed, shared_y, stream);
+}
+
+// Which kernels a case runs: what the plan chooses ("auto"), or a tier by name.
+struct Tier {
+  std::string name = "auto";  // auto, stream8, stream16, tiled
+  ActFormat act = ActFormat::kBf16;
+  int reserved_sms = 0;
+};
+inline MoePlanInput plan_input(const CaseShape& s, int64_t tokens, const Tier& tier) {
+  MoePlanInput in;
+  in.num_tokens = tokens, in.hidden = s.hidden, in.inter = s.inter, in.num_experts = s.experts, in.num_topk = s.topk;
+  in.act = tier.act;
+  in.reserved_sms = tier.reserved_sms;
+  return in;
+}
+inline MoePlan make_plan(const CaseShape& s, int64_t tokens, const Tier& tier) {
+  const MoePlanInput in = plan_input(s, tokens, tier);
+  MoePlan plan = plan_moe(in);
+  if (tier.name == "tiled") plan.tier = MoeTier::kTiled;
+  if (tier.name == "stream8") plan.tier = MoeTier::kStream, plan.max_rows = 8;
+  if (tier.name == "stream16") plan.tier = MoeTier::kStream, plan.max_rows = 16;
+  plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
+  return plan;
+}
+inline bool tier_can_run(const CaseShape& s, int64_t tokens, const Tier& tier) {
+  return tier.name.rfind("stream", 0) != 0 || (tier.act == ActFormat::kBf16 && tokens * s.topk <= sm90::kStreamMaxSlots);
+}
+
+inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tier& tier, const DeviceBuffer& workspace) {
+  MoeGpuArgs args{};
+  args.experts = experts.packed();
+  args.shape = experts.shape.kernel_shape();
+  args.x = l.x.as<bf16>();
+  args.topk_idx = l.idx.as<int32_t>();
+  args.topk_weights = l.rho.as<float>();
+  args.shared_y = l.shared_y.as<bf16>();
+  args.y = l.y.as<bf16>();
+  args.num_tokens = l.tokens;
+  args.swiglu_limit = 10.0f;
+  args.act = tier.act;
+  args.workspace = workspace.data();
+  args.workspace_bytes = workspace.bytes();
+  return args;
+}
+inline void run_layer(const ExpertSet& experts, const Layer& l, const Tier& tier, const MoePlan& plan, const DeviceBuffer& workspace, cudaStream_t stream) {
+  moe_gpu(layer_args(experts, l, tier, workspace), plan, stream);
+}
+
+}  // namespace dsv4::testing

@@ -1,0 +1,97 @@
+// MoePlan and the kernel layout: host only.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <stdexcept>
+
+#include "codec/e4m3.h"
+#include "ops/moe/moe_layout.h"
+#include "ops/moe/moe_plan.h"
+#include "ops/moe/moe_workspace.h"
+
+namespace dsv4 {
+namespace {
+
+MoePlanInput flash(int64_t tokens, ActFormat act = ActFormat::kBf16) {
+  MoePlanInput in;
+  in.num_tokens = tokens, in.hidden = 4096, in.inter = 2048, in.num_experts = 256, in.num_topk = 6, in.act = act;
+  return in;
+}
+
+TEST(MoePlan, FlashChoicesByTokens) {
+  for (const int64_t tokens : {1, 8, 64}) {
+    EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kStream) << tokens;
+    EXPECT_EQ(plan_moe(flash(tokens)).max_rows, 8) << tokens;
+  }
+  EXPECT_EQ(plan_moe(flash(128)).max_rows, 16);
+  EXPECT_EQ(plan_moe(flash(1024)).tier, MoeTier::kTiled);
+  EXPECT_EQ(plan_moe(flash(8, ActFormat::kNvfp4)).tier, MoeTier::kTiled);
+  EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
+}
+
+TEST(MoePlan, PrintsWhatItChose) {
+  EXPECT_NE(plan_moe(flash(8)).to_string().find("stream: 8 rows"), std::string::npos);
+  EXPECT_NE(plan_moe(flash(4096)).to_string().find("tiled: 132 CTAs"), std::string::npos);
+  EXPECT_NE(plan_moe(flash(4096, ActFormat::kNvfp4)).to_string().find("fc1 and fc2 apart"), std::string::npos);
+}
+
+TEST(MoePlan, ReservedSmsAreLeftFree) {
+  MoePlanInput in = flash(8);
+  in.reserved_sms = 2;
+  EXPECT_EQ(plan_moe(in).ctas, 130);
+  in.reserved_sms = 132;
+  EXPECT_THROW(plan_moe(in), std::runtime_error);
+}
+
+TEST(MoePlan, ShapesTheKernelsCannotRunAreRefused) {
+  MoePlanInput in = flash(8);
+  in.hidden = 4096 + 32;
+  EXPECT_THROW(plan_moe(in), std::runtime_error);
+  in = flash(8);
+  in.num_topk = 33;
+  EXPECT_THROW(plan_moe(in), std::runtime_error);
+  in = flash(8);
+  in.num_experts = 1025;
+  EXPECT_THROW(plan_moe(in), std::runtime_error);
+}
+
+// A workspace allocated for the largest call must hold every smaller one of the same tier, and its parts must not overlap.
+TEST(MoePlan, WorkspacesGrowWithTokens) {
+  for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4})
+    for (const MoeTier tier : {MoeTier::kStream, MoeTier::kTiled}) {
+      int64_t before = 0;
+      for (int64_t tokens = 0; tokens <= 32768; tokens = tokens * 2 + 1) {
+        const int64_t bytes = layout_moe_workspace(flash(tokens, act), tier).bytes;
+        EXPECT_GE(bytes, before);
+        before = bytes;
+      }
+    }
+}
+
+TEST(MoeLayout, CodeBitsArePermutedWithoutLoss) {
+  uint32_t seen = 0;
+  for (int pair = 0; pair < 4; ++pair)
+    for (const int out : {15, 8, 7, 6, 31, 24, 23, 22}) seen |= 1u << moe_code_bit(pair, out);
+  EXPECT_EQ(seen, 0xffffffffu);
+  for (int k = 0; k < 64; ++k) EXPECT_EQ(moe_source_column(moe_kernel_column(k)), k);
+  for (int code = 1; code < 127; ++code) {  // ue5m3 of every non-zero ue4m3
+    const int packed = moe_pack_sf(static_cast<uint8_t>(code));
+    EXPECT_EQ(std::ldexp(1.0f + (packed & 7) / 8.0f, (packed >> 3) - 21), decode_ue4m3(static_cast<uint8_t>(code))) << code;
+  }
+}
+
+TEST(MoeLayout, EveryRowOfAStripIsThereOnce) {
+  for (const int strips : {2, 6}) {
+    std::vector<int> gate(size_t(strips) * 32), down(size_t(strips) * 64);
+    for (int strip = 0; strip < strips; ++strip)
+      for (int warp = 0; warp < 4; ++warp) {
+        for (int g = 0; g < 8; ++g) ++gate[size_t(moe_fc1_row(strip, warp, g))];
+        for (int row = 0; row < 16; ++row) ++down[size_t(moe_fc2_row(strip, warp, row))];
+      }
+    EXPECT_EQ(gate, std::vector<int>(gate.size(), 1));
+    EXPECT_EQ(down, std::vector<int>(down.size(), 1));
+  }
+}
+
+}  // namespace
+}  // namespace dsv4

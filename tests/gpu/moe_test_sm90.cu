@@ -1,0 +1,127 @@
+// MoE layer on Hopper: both tiers and both activation formats against the bounds of moe_reference.cuh, shape by shape and
+// routing by routing; large token counts on a sample of their tokens; ten thousand random cases.
+#include <array>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "gpu/moe_fixture.cuh"
+
+namespace dsv4::testing {
+namespace {
+
+TEST_F(MoeGpu, MatchesReferenceOnOddShapes) {
+  for (const CaseShape& s : {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("odd"), *find_case_shape("demo"), *find_case_shape("wide"),
+                             CaseShape{"192", 192, 448, 5, 5}, CaseShape{"tall", 64, 1984, 4, 2}, CaseShape{"flat", 2112, 64, 4, 2}}) {
+    use(s);
+    for (const int64_t tokens : {1, 2, 3, 5, 33, 150}) expect_right_everywhere(layer(tokens, Routing::kUniform, tokens % 2 == 1));
+  }
+}
+
+TEST_F(MoeGpu, EveryTokenCountUpTo130) {
+  use(*find_case_shape("small"));
+  for (int64_t tokens = 1; tokens <= 130; ++tokens) expect_right_everywhere(layer(tokens, Routing::kZipf, tokens % 2 == 1));
+}
+
+TEST_F(MoeGpu, AllTokensOnOneExpertAndEmptyExperts) {
+  use(*find_case_shape("demo"));
+  for (const int64_t tokens : {9, 130, 300, 1000}) expect_right_everywhere(layer(tokens, Routing::kOneExpert, false));
+}
+
+TEST_F(MoeGpu, UnusedSlotsAndTokensWithoutExperts) {
+  use(*find_case_shape("demo"));
+  expect_right_everywhere(layer(40, Routing::kHoles, true));
+  expect_right_everywhere(layer(500, Routing::kHoles, true));
+  expect_right_everywhere(layer(40, Routing::kNone, true));
+  expect_right_everywhere(layer(40, Routing::kNone, false));
+}
+
+TEST_F(MoeGpu, OneExpertNamedTwiceByAToken) {
+  use(*find_case_shape("odd"));
+  std::vector<int32_t> idx;
+  for (int t = 0; t < 20; ++t) idx.insert(idx.end(), {5, t % 7, 5});
+  expect_right_everywhere(layer(idx, false));
+  expect_right_everywhere(layer(300, Routing::kDuplicates, true));
+}
+
+TEST_F(MoeGpu, ZeroTokensTouchNothing) {
+  use({"tiny", 64, 64, 3, 1});
+  MoeGpuArgs args{};
+  args.shape = {64, 64, 3, 1};
+  moe_gpu(args, MoePlan{}, stream().get());
+  stream().synchronize();
+}
+
+TEST_F(MoeGpu, SmallWorkspaceIsRefused) {
+  MoeGpuArgs args{};
+  args.shape = {64, 64, 3, 1};
+  args.num_tokens = 4;
+  EXPECT_THROW(moe_gpu(args, MoePlan{}, stream().get()), std::runtime_error);
+}
+
+// Gate and up with globals far apart, and experts with globals far apart: nothing may take one for the other.
+TEST_F(MoeGpu, GlobalsOfEveryMatrixAreItsOwn) {
+  use(*find_case_shape("demo"));
+  for (int e = 0; e < experts.shape.experts; ++e) {
+    experts.host_globals[3 * e] *= e % 2 ? 0.125f : 3.0f;
+    experts.host_globals[3 * e + 1] *= e % 3 ? 1.7f : 0.03f;
+    experts.host_globals[3 * e + 2] *= 1.0f + 0.37f * e;
+    sm90::pack_moe_expert(experts.expert(e), experts.shape.hidden, experts.shape.inter, e, experts.fc1.as<uint8_t>(), experts.fc2.as<uint8_t>(),
+                          experts.alpha.as<float>(), stream().get());
+  }
+  gpu::copy_to_device(experts.globals.data(), experts.host_globals.data(), experts.globals.bytes(), stream().get());
+  for (const int64_t tokens : {4, 90}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));
+}
+
+TEST_F(MoeGpu, FlashShape) {
+  use({"flash/32", 4096, 2048, 32, 6});
+  for (const int64_t tokens : {1, 12, 200}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));
+}
+
+TEST_F(MoeGpu, ProShape) {
+  use({"pro/16", 7168, 3072, 16, 6});
+  for (const int64_t tokens : {1, 40}) expect_right_everywhere(layer(tokens, Routing::kZipf, true));
+}
+
+// A sample of tokens, each computed whole: the first, the last, and every so often.
+TEST_F(MoeGpu, LargeTokenCounts) {
+  use({"flash/32", 4096, 2048, 32, 6});
+  for (const int64_t tokens : {1024, 4096, 8192, 32768})
+    for (const Routing routing : {Routing::kUniform, Routing::kZipf}) {
+      if (tokens == 8192 && routing == Routing::kZipf) continue;  // time
+      const Layer l = layer(tokens, routing, false);
+      std::vector<int32_t> sample;
+      for (int64_t t = 0; t < tokens; t += tokens / 24) sample.push_back(static_cast<int32_t>(t));
+      sample.push_back(static_cast<int32_t>(tokens - 1));
+      for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
+        if (act == ActFormat::kNvfp4 && tokens != 4096) continue;
+        expect_right(l, {"auto", act}, make_reference(experts.linear(), l, act, stream().get(), sample));
+      }
+    }
+}
+
+// DSV4_MOE_RANDOM_CASES changes the number.
+TEST_F(MoeGpu, RandomCases) {
+  const char* given = std::getenv("DSV4_MOE_RANDOM_CASES");
+  const int cases = given ? std::atoi(given) : 10000;
+  constexpr int64_t kMaxTokens = 160;
+  use(*find_case_shape("small"));
+  const CaseShape& s = experts.shape;
+  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"stream8"}).workspace_bytes, make_plan(s, kMaxTokens, {"tiled"}).workspace_bytes,
+                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4}).workspace_bytes}));
+  gpu::fill(workspace.data(), 0xff, workspace.bytes(), stream().get());
+  init_moe_workspace(workspace.data(), plan_input(s, kMaxTokens, {}), stream().get());
+  int done = 0;
+  for (; done < cases && !HasFailure(); ++done) {
+    const uint64_t r = mix(done);
+    const int64_t tokens = 1 + (r >> 8) % (r % 4 == 0 ? kMaxTokens : 24);
+    const auto routing = static_cast<Routing>((r >> 40) % 6);
+    const Tier tier = std::array{Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
+    const Layer l = make_layer(s, tokens, routing, done, done % 2 == 0, stream().get());
+    SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)] << ", " << tier.name);
+    expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace), make_reference(experts.linear(), l, tier.act, stream().get()));
+  }
+  printf("  %d random cases\n", done);
+}
+
+}  // namespace
+}  // namespace dsv4::testing
