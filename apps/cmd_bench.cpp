@@ -34,6 +34,7 @@ void print_ceilings(const bench::Ceilings& c, const CpuContext& context) {
   std::printf("peak         %7.0f GFLOP/s f32", c.f32_flops / 1e9);
   if (c.bf16_dot_flops > 0) std::printf(", %.0f bf16 dot", c.bf16_dot_flops / 1e9);
   if (c.int8_dot_ops > 0) std::printf(", %.0f int8 dot", c.int8_dot_ops / 1e9);
+  if (c.bf16_tile_flops > 0) std::printf(", %.0f bf16 tiles, %.0f int8 tiles", c.bf16_tile_flops / 1e9, c.int8_tile_ops / 1e9);
   std::printf("\n\n%-44s %5s %11s %8s %9s %7s %6s\n", "op", "rows", "time", "GB/s", "GFLOP/s", "floor", "read");
 }
 
@@ -120,6 +121,9 @@ void register_bench(CLI::App& app, GlobalOptions& global) {
   command->add_option("--isa", flags->isa, "auto, reference, avx2, avx512, amx")->capture_default_str();
   command->add_option("--filter", flags->options.filter, "only cases whose name contains this");
   command->add_option("--seconds", flags->options.min_seconds, "at least this long per case")->check(CLI::Range(0.01, 60.0))->capture_default_str();
+  command->add_option_function<int64_t>("--working-set-mb", [flags](int64_t mb) { flags->options.working_set_bytes = mb << 20; },
+                                         "weights that calls rotate over (1280); below the last-level cache it is the cache that is measured")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
   command->add_flag("--json", flags->json, "one JSON object instead of a table");
   command->add_option("-m,--model", flags->model.folder, "bench model: a checkpoint folder (default: a synthetic one of --shape)");
   command->add_option("--layers", flags->model.num_layers, "bench model: layers of the synthetic checkpoint, 0: all")->check(CLI::Range(0, 1000));

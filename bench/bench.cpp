@@ -120,7 +120,8 @@ std::vector<float> random_bf16_values(int64_t count, uint64_t seed) {
 Json to_json(const Ceilings& c) {
   return {{"read_one_gbs", c.read_one / 1e9}, {"read_all_gbs", c.read_all / 1e9},     {"copy_one_gbs", c.copy_one / 1e9},
           {"copy_all_gbs", c.copy_all / 1e9}, {"f32_gflops", c.f32_flops / 1e9},      {"bf16_dot_gflops", c.bf16_dot_flops / 1e9},
-          {"int8_dot_gops", c.int8_dot_ops / 1e9}};
+          {"int8_dot_gops", c.int8_dot_ops / 1e9}, {"bf16_tile_gflops", c.bf16_tile_flops / 1e9},
+          {"int8_tile_gops", c.int8_tile_ops / 1e9}};
 }
 
 Json to_json(const BenchResult& r, const Ceilings& c) {

@@ -39,6 +39,14 @@ struct Ceilings {
   double f32_flops = 0;       // FMA
   double bf16_dot_flops = 0;  // vdpbf16ps; 0 where absent
   double int8_dot_ops = 0;    // vpdpbusd, or maddubs + madd + add on AVX2
+  double bf16_tile_flops = 0; // tdpbf16ps; 0 unless the run uses AMX
+  double int8_tile_ops = 0;   // tdpbssd
+
+  // What bounds the arithmetic of bf16 values and of NVFP4 x NVFP4 on this run's kernels.
+  double a16_flops() const { return bf16_tile_flops > 0 ? bf16_tile_flops : f32_flops; }
+  double a4_flops() const {  // a tile takes one 16-group where 32 columns fit
+    return bf16_tile_flops > 0 ? bf16_tile_flops / 2 : int8_dot_ops > 0 ? int8_dot_ops : f32_flops;
+  }
 };
 Ceilings measure_ceilings(const CpuContext& context);
 
@@ -107,5 +115,7 @@ double peak_int8_avx2();
 double peak_f32_avx512();
 double peak_int8_avx512();
 double peak_bf16_avx512();
+double peak_bf16_amx();
+double peak_int8_amx();
 
 }  // namespace dsv4::bench

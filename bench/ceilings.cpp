@@ -101,6 +101,10 @@ Ceilings measure_ceilings(const CpuContext& context) {
     c.f32_flops = all_threads(context.pool, peak_f32_avx512);
     c.int8_dot_ops = all_threads(context.pool, peak_int8_avx512);
     c.bf16_dot_flops = all_threads(context.pool, peak_bf16_avx512);
+    if (context.isa == CpuIsa::kAmx) {
+      c.bf16_tile_flops = all_threads(context.pool, peak_bf16_amx);
+      c.int8_tile_ops = all_threads(context.pool, peak_int8_amx);
+    }
   } else if (context.isa == CpuIsa::kAvx2) {
     c.f32_flops = all_threads(context.pool, peak_f32_avx2);
     c.int8_dot_ops = all_threads(context.pool, peak_int8_avx2);

@@ -13,15 +13,15 @@ struct Case {
   const char* name;
   WeightFormat format;
   bool packed, x_is_bf16, a4;
-  double Ceilings::*peak;
+  double (Ceilings::*peak)() const;
 };
 
 constexpr Case kCases[] = {
-    {"nvfp4-a16", WeightFormat::kNvfp4, true, true, false, &Ceilings::f32_flops},
-    {"nvfp4-a4", WeightFormat::kNvfp4, true, true, true, &Ceilings::int8_dot_ops},
-    {"nvfp4-a16-stored", WeightFormat::kNvfp4, false, true, false, &Ceilings::f32_flops},
-    {"fp8", WeightFormat::kFp8Block, false, false, false, &Ceilings::f32_flops},
-    {"bf16", WeightFormat::kBf16, false, true, false, &Ceilings::f32_flops},
+    {"nvfp4-a16", WeightFormat::kNvfp4, true, true, false, &Ceilings::a16_flops},
+    {"nvfp4-a4", WeightFormat::kNvfp4, true, true, true, &Ceilings::a4_flops},
+    {"nvfp4-a16-stored", WeightFormat::kNvfp4, false, true, false, &Ceilings::a16_flops},
+    {"fp8", WeightFormat::kFp8Block, false, true, false, &Ceilings::a16_flops},
+    {"bf16", WeightFormat::kBf16, false, true, false, &Ceilings::a16_flops},
 };
 
 void run_case(Bench& bench, const Case& c, int64_t rows, int64_t cols) {
@@ -43,9 +43,9 @@ void run_case(Bench& bench, const Case& c, int64_t rows, int64_t cols) {
   const std::vector<float> x = random_bf16_values(max_rows * cols, 99);
   std::vector<float> y(static_cast<size_t>(max_rows * rows));
   for (int64_t num_tokens : bench.options().rows) {
-    const double peak = bench.ceilings().*c.peak;
+    const double peak = (bench.ceilings().*c.peak)();
     bench.measure("gemm", name, num_tokens, gemm_cost(weights[0].weight.view, num_tokens),
-                  peak > 0 ? peak : bench.ceilings().f32_flops, [&](int64_t rep) {
+                  peak, [&](int64_t rep) {
                     gemm({x.data(), &weights[static_cast<size_t>(rep % copies)].weight, y.data(), num_tokens, cols, rows, true,
                           c.x_is_bf16, c.a4},
                          bench.context());

@@ -89,8 +89,8 @@ void bench_moe(Bench& bench) {
         cost.flops += one.flops / kRoutings;
       }
       const Ceilings& c = bench.ceilings();
-      const double peak = act == ActFormat::kNvfp4 ? c.int8_dot_ops : c.f32_flops;
-      bench.measure("moe", name, num_tokens, cost, peak > 0 ? peak : c.f32_flops, [&](int64_t rep) {
+      const double peak = act == ActFormat::kNvfp4 ? c.a4_flops() : c.a16_flops();
+      bench.measure("moe", name, num_tokens, cost, peak, [&](int64_t rep) {
         args.topk_idx = routings[static_cast<size_t>(rep % kRoutings)].data();
         moe(args, bench.context());
       });

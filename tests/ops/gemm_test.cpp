@@ -79,7 +79,7 @@ TEST(Gemm, Nvfp4ActivationsAreBitwiseEqualToReference) {
   std::mt19937 rng(10);
   for (const Shape& shape : kShapes) {
     OwnedWeight owned = random_weight(rng, WeightFormat::kNvfp4, shape.rows, shape.cols);
-    for (int64_t num_tokens = 1; num_tokens <= 30; num_tokens += num_tokens < 13 ? 1 : 16) {
+    for (int64_t num_tokens = 1; num_tokens <= 80; num_tokens += num_tokens < 13 ? 1 : 16) {
       const std::vector<float> x = random_floats(rng, num_tokens * shape.cols, 1.0f, false);
       for (CpuIsa isa : vector_isas()) {
         Weight packed = owned.weight;
@@ -116,7 +116,7 @@ TEST(Gemm, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
           }
           Weight packed = owned.weight;
           pack(packed, isa);
-          for (int64_t num_tokens : {2, 3, 4, 6, 8, 11, 12, 150}) {
+          for (int64_t num_tokens : {2, 3, 4, 6, 8, 11, 12, 16, 17, 32, 33, 49, 150}) {
             for (int threads : {1, 2, 5}) {
               const std::vector<float> y = run_gemm(packed, x, num_tokens, isa, threads, true, bf16_values);
               ASSERT_EQ(0, std::memcmp(y.data(), one_by_one.data(), y.size() * 4))

@@ -190,7 +190,7 @@ TEST(Moe, A4HandlesInfinityAndNanLikeTheReference) {
 
 TEST(Moe, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
   std::mt19937 rng(5);
-  constexpr int64_t kTokens = 300;  // more than two tasks of slots per expert
+  constexpr int64_t kTokens = 700;  // several tasks of slots per expert, two ranges of tokens
   Layer layer = make_layer(rng, 4, 96, 80, 48, WeightFormat::kNvfp4, WeightFormat::kFp8Block);
   Layer packed = layer;
   pack(packed, best_cpu_isa());

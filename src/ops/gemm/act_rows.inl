@@ -1,71 +1,23 @@
-// Row-wise activation steps of the AVX2 and AVX-512 panel kernels: run-time NVFP4 quantiser, SwiGLU, rounding, adding.
+// Row-wise activation steps of the AVX2 and AVX-512 panel kernels: NVFP4 rows, SwiGLU, rounding, adding.
 // Included inside the unnamed namespace of an instruction set's file; 256-bit in both (these rows are a small share).
 
-inline __m256 abs_ps(__m256 v) { return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+#include "ops/gemm/act_quantize.inl"
 
-inline float max_lane(__m256 v) {
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-
-// Doubled e2m1 of eight values; thresholds and ties of codec/e2m1.h, NaN -> +12.
-inline __m256i encode_doubled(__m256 v) {
-  const __m256 a = abs_ps(v);
-  const auto above = [&](float threshold, int step) {  // a > threshold, or NaN
-    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLE_UQ)), _mm256_set1_epi32(step));
-  };
-  const auto from = [&](float threshold, int step) {  // a >= threshold, or NaN
-    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLT_UQ)), _mm256_set1_epi32(step));
-  };
-  __m256i magnitude = _mm256_add_epi32(above(0.25f, 1), from(0.75f, 1));
-  magnitude = _mm256_add_epi32(magnitude, _mm256_add_epi32(above(1.25f, 1), from(1.75f, 1)));
-  magnitude = _mm256_add_epi32(magnitude, _mm256_add_epi32(above(2.5f, 2), from(3.5f, 2)));
-  magnitude = _mm256_add_epi32(magnitude, above(5.0f, 4));
-  const __m256 ordered = _mm256_cmp_ps(v, v, _CMP_ORD_Q);
-  const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(_mm256_and_ps(v, ordered)), 31);
-  return _mm256_sub_epi32(_mm256_xor_si256(magnitude, sign), sign);
-}
-
-inline int32_t sum_lanes(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_unpackhi_epi64(s, s));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 1)));
-}
-
-// One row under the run-time rule of codec/nvfp4.h, laid out as panel.h says. max(a, amax) keeps amax when a is NaN.
+// A row as panel.h lays out kNvfp4.
 void quantize_act_row(const float* x, int64_t cols, std::byte* row) {
   const int64_t padded = panel_padded_cols(cols);
-  __m256 amax8 = _mm256_setzero_ps();
-  for (int64_t k = 0; k < cols; k += 8) amax8 = _mm256_max_ps(abs_ps(_mm256_loadu_ps(x + k)), amax8);
-  const GlobalScale global = nvfp4_global_scale(max_lane(amax8));
-  const float rcp6 = nvfp4_rcp6(global);
-
   int32_t* codes = reinterpret_cast<int32_t*>(row);
   int32_t* corrections = reinterpret_cast<int32_t*>(row + padded);
   float* sf256 = reinterpret_cast<float*>(corrections + padded / 16);
-  sf256[padded / 16] = global.value;
   const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  for (int64_t g = 0; g < padded / 16; ++g) {
-    if (g * 16 >= cols) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * 4), _mm_setzero_si128());
-      corrections[g] = 0;
-      sf256[g] = 0.0f;
-      continue;
-    }
-    const __m256 a = _mm256_loadu_ps(x + g * 16);
-    const __m256 b = _mm256_loadu_ps(x + g * 16 + 8);
-    const float amax = max_lane(_mm256_max_ps(abs_ps(b), _mm256_max_ps(abs_ps(a), _mm256_setzero_ps())));
-    const uint8_t sf = nvfp4_runtime_sf(amax, rcp6);
-    const __m256 multiplier = _mm256_set1_ps(nvfp4_runtime_multiplier(sf, global));
-    const __m256i qa = encode_doubled(_mm256_mul_ps(a, multiplier));
-    const __m256i qb = encode_doubled(_mm256_mul_ps(b, multiplier));
+  const GlobalScale global = quantize_act_groups(x, cols, [&](int64_t g, __m256i qa, __m256i qb, float sf) {
     corrections[g] = -12 * sum_lanes(_mm256_add_epi32(qa, qb));
-    sf256[g] = decode_ue4m3(sf) * 256.0f;
+    sf256[g] = sf * 256.0f;
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(qa, qb), 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + g * 4), _mm_shuffle_epi8(bytes, order));
-  }
+  });
+  sf256[padded / 16] = global.value;
 }
 
 // bf16 rounding of eight values, ties to even, NaN kept; the value stays in binary32.

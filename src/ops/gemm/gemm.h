@@ -3,6 +3,8 @@
 // Numerics: x is binary32 (bf16-representable unless the run is exact). Products and sums in binary32, the order is the
 // implementation's own (panel.h) but depends on neither num_tokens nor the number of threads; NVFP4: e2m1 * sf sums, then
 // one multiplication by global; FP8 block: partial sums per 128 columns times the block scale. The reference sums in double.
+// kAmx with x_is_bf16: bf16 tiles, which take subnormal products (below 2^-126) as zero, and values of x that are no bf16
+// values as if cut to bf16.
 // NaN scale factors and FP8 NaN codes are no valid weights: the result is then unspecified (the loader refuses them).
 // round_output: each y is rounded to bf16 once, at the end (the model's linears outside exact mode).
 #pragma once
@@ -22,7 +24,7 @@ struct GemmArgs {
   int64_t x_stride;      // elements, >= w.cols
   int64_t y_stride;      // elements, >= w.rows
   bool round_output;     // to bf16
-  bool x_is_bf16 = false;  // says that every x is a bf16 value, which allows bf16 products (today's kernels: binary32 only)
+  bool x_is_bf16 = false;  // says that every x is a bf16 value, which allows bf16 products (kAmx; the others: binary32 only)
   bool x_to_nvfp4 = false; // a4: each row of x is quantised by the run-time rule, then as moe.h says; needs an NVFP4 weight
 };
 

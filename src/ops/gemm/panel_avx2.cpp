@@ -333,12 +333,12 @@ void prepare_panel_f32(const float* x, int64_t cols, float* out) {
 
 #include "ops/gemm/act_rows.inl"
 
-ActForm form(WeightFormat format, bool a4) {
+ActForm form(WeightFormat format, const ActHint& hint) {
   if (format != WeightFormat::kNvfp4) return ActForm::kF32;
-  return a4 ? ActForm::kNvfp4 : ActForm::kF32Panel;
+  return hint.a4 ? ActForm::kNvfp4 : ActForm::kF32Panel;
 }
 
-void prepare(ActForm form, const float* x, int64_t cols, std::byte* row) {
+void prepare(ActForm form, const float* x, int64_t cols, std::byte* row, int64_t) {
   if (form == ActForm::kNvfp4) quantize_act_row(x, cols, row);
   else prepare_panel_f32(x, cols, reinterpret_cast<float*>(row));
 }
@@ -352,10 +352,15 @@ void dot(const PanelArgs& args) {
   }
 }
 
+void dot_pair(const PanelArgs& a, const PanelArgs& b) {
+  dot(a);
+  dot(b);
+}
+
 }  // namespace
 
 const PanelKernels& panel_kernels_avx2() {
-  static constexpr PanelKernels kernels{form, prepare, dot, swiglu_row, round_row, add_row};
+  static constexpr PanelKernels kernels{form, prepare, dot, dot_pair, swiglu_row, round_row, add_row};
   return kernels;
 }
 

@@ -210,12 +210,12 @@ void prepare_padded(const float* x, int64_t cols, std::byte* out) {
   __builtin_memset(out + cols * 4, 0, static_cast<size_t>(padded - cols) * 4);
 }
 
-ActForm form(WeightFormat format, bool a4) {
+ActForm form(WeightFormat format, const ActHint& hint) {
   if (format != WeightFormat::kNvfp4) return ActForm::kF32;
-  return a4 ? ActForm::kNvfp4 : ActForm::kF32Padded;
+  return hint.a4 ? ActForm::kNvfp4 : ActForm::kF32Padded;
 }
 
-void prepare(ActForm form, const float* x, int64_t cols, std::byte* row) {
+void prepare(ActForm form, const float* x, int64_t cols, std::byte* row, int64_t) {
   if (form == ActForm::kNvfp4) quantize_act_row(x, cols, row);
   else prepare_padded(x, cols, row);
 }
@@ -229,10 +229,15 @@ void dot(const PanelArgs& args) {
   }
 }
 
+void dot_pair(const PanelArgs& a, const PanelArgs& b) {
+  dot(a);
+  dot(b);
+}
+
 }  // namespace
 
 const PanelKernels& panel_kernels_avx512() {
-  static constexpr PanelKernels kernels{form, prepare, dot, swiglu_row, round_row, add_row};
+  static constexpr PanelKernels kernels{form, prepare, dot, dot_pair, swiglu_row, round_row, add_row};
   return kernels;
 }
 

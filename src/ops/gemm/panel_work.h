@@ -32,7 +32,7 @@ class WorkBuffer {
 
 // Per thread: scratch of the dense kernels, a panel regrouped from an unpacked weight, results of one panel.
 struct PanelScratch {
-  WorkBuffer kernel, panel, out;
+  WorkBuffer kernel, panel[2], out;
 };
 PanelScratch& thread_panel_scratch();
 
@@ -40,16 +40,17 @@ PanelScratch& thread_panel_scratch();
 class PreparedRows {
  public:
   void reset(ActForm form, int64_t num_rows, int64_t cols);
-  // Row idx from x; rows may be set from several threads at once.
-  void set(const PanelKernels& kernels, int64_t idx, const float* x) {
-    if (form_ == ActForm::kF32) rows_[static_cast<size_t>(idx)] = reinterpret_cast<const std::byte*>(x);
-    else kernels.prepare(form_, x, cols_, data_ + idx * row_bytes_);
-  }
+  // Row idx from x; rows may be set from several threads at once, best rows_per_task() neighbours by one thread.
+  void set(const PanelKernels& kernels, int64_t idx, const float* x);
+  // Row idx from a prepared one; not for column forms.
+  void copy(int64_t idx, const PreparedRows& from, int64_t from_idx);
   ActForm form() const { return form_; }
+  int64_t rows_per_task() const { return is_col_form(form_) ? kTileBlockRows : 1; }  // they share cache lines
   const std::byte* const* rows() const { return rows_.data(); }
   const std::byte* row(int64_t idx) const { return rows_[static_cast<size_t>(idx)]; }
 
  private:
+  static constexpr int64_t kTileBlockRows = 16;
   ActForm form_ = ActForm::kF32;
   int64_t cols_ = 0, row_bytes_ = 0;
   std::byte* data_ = nullptr;
@@ -71,5 +72,17 @@ struct SpreadTasks {
 // out: [num_x, 16] = 16 rows of w from row_begin (a multiple of 16) times x.
 void run_panel(const PanelKernels& kernels, const Weight& w, int64_t row_begin, ActForm form, const std::byte* const* x,
                int64_t num_x, float* out);
+
+// Two panels of equal shape and format that meet the same rows of x: tiles then read each row once for both.
+struct PanelRef {
+  const Weight* w;
+  int64_t row_begin;
+  float* out;
+};
+void run_panel_pair(const PanelKernels& kernels, const PanelRef& a, const PanelRef& b, ActForm form, const std::byte* const* x,
+                    int64_t num_x);
+
+// Asks for the beginning of a packed panel: no hardware stream knows that it comes next. Nothing for other weights.
+void prefetch_panel(const Weight& w, int64_t row_begin);
 
 }  // namespace dsv4
