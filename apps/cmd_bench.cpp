@@ -6,6 +6,10 @@
 #include "bench/model_bench.h"
 #include "commands.h"
 #include "terminal.h"
+#if defined(DSV4_WITH_CUDA)
+#include "gpu/device.h"
+#include "moe_bench.h"
+#endif
 
 namespace dsv4::app {
 namespace {
@@ -13,6 +17,8 @@ namespace {
 struct BenchFlags {
   std::string op = "all";
   std::string isa = "auto";
+  std::string backend = "cpu";
+  std::vector<std::string> routings{"uniform", "zipf"};
   int threads = 0;
   bool json = false;
   bench::BenchOptions options;
@@ -80,6 +86,36 @@ void run_model(const BenchFlags& flags, const CpuContext& context, bool quiet) {
               r.bytes_per_token / 1e6, gb_per_second, 1e11 * gb_per_second / ceilings.read_all);
 }
 
+// The MoE layer on a GPU; the other GPU benches are binaries of their own (bench/gpu).
+void run_cuda(const BenchFlags& flags, bool rows_given) {
+  if (flags.op != "moe") throw_usage("--backend cuda times moe only, not {}; see the dsv4_bench_gpu_* binaries", flags.op);
+#if defined(DSV4_WITH_CUDA)
+  const gpu::DeviceList list = gpu::find_devices();
+  if (list.devices.empty()) throw_resource("--backend cuda: no GPU: {}", list.absence);
+  if (list.devices[0].major != 9) throw_resource("--backend cuda: the MoE kernels need Hopper, found {}", list.devices[0].name);
+  bench::MoeTimeOptions options;
+  options.shape = flags.options.shape;
+  options.routings = flags.routings;
+  if (rows_given) options.tokens = flags.options.rows;
+  const bench::MoeCeilings ceilings = bench::measure_moe_ceilings();
+  Json results = Json::array();
+  if (!flags.json) std::printf("%s\n%s\n", bench::moe_ceilings_line(ceilings).c_str(), bench::moe_table_head().c_str());
+  for (const bool a4 : {false, true}) {
+    if (!(a4 ? std::string("a4") : std::string("a16")).starts_with(flags.options.filter)) continue;
+    options.a4 = a4;
+    bench::time_moe(options, ceilings, [&](const bench::MoeTimeRow& row) {
+      if (flags.json) results.push_back(bench::to_json(row));
+      else std::printf("%s\n", bench::moe_table_line(row).c_str());
+      std::fflush(stdout);
+    });
+  }
+  if (flags.json) std::printf("%s\n", Json{{"backend", "cuda"}, {"shape", options.shape}, {"ceilings", bench::to_json(ceilings)}, {"results", results}}.dump(2).c_str());
+#else
+  (void)rows_given;
+  throw_resource("--backend cuda: this build has no CUDA (configure with -DDSV4_CUDA=ON)");
+#endif
+}
+
 void run_bench(const BenchFlags& flags, bool quiet) {
   ThreadPool pool(flags.threads);
   const CpuContext context{pool, parse_isa(flags.isa)};
@@ -116,7 +152,7 @@ void register_bench(CLI::App& app, GlobalOptions& global) {
   for (const bench::BenchOp& op : bench::bench_ops()) names += std::string(", ") + op.name;
   command->add_option("op", flags->op, names)->capture_default_str();
   command->add_option("--shape", flags->options.shape, "dimensions of which model: flash, pro, demo")->capture_default_str();
-  command->add_option("--rows", flags->options.rows, "rows of activations")->delimiter(',')->check(CLI::Range(1, 65536));
+  CLI::Option* rows = command->add_option("--rows", flags->options.rows, "rows of activations")->delimiter(',')->check(CLI::Range(1, 65536));
   command->add_option("--threads", flags->threads, "0: one per CPU")->check(CLI::Range(0, 4096))->capture_default_str();
   command->add_option("--isa", flags->isa, "auto, reference, avx2, avx512, amx")->capture_default_str();
   command->add_option("--filter", flags->options.filter, "only cases whose name contains this");
@@ -131,7 +167,12 @@ void register_bench(CLI::App& app, GlobalOptions& global) {
   command->add_option("--prompt-tokens", flags->model.prompt_tokens, "bench model: length of the prefill")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->capture_default_str();
-  command->callback([flags, &global] { run_bench(*flags, global.quiet); });
+  command->add_option("--backend", flags->backend, "cpu, or cuda (moe only)")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+  command->add_option("--routing", flags->routings, "cuda: uniform, zipf")->delimiter(',')->check(CLI::IsMember({"uniform", "zipf"}));
+  command->callback([flags, rows, &global] {
+    if (flags->backend == "cuda") return run_cuda(*flags, rows->count() > 0);
+    run_bench(*flags, global.quiet);
+  });
 }
 
 }  // namespace dsv4::app

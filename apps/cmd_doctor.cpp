@@ -193,7 +193,7 @@ void print_report() {
   std::printf("ops on cpu\n");
   for (const OpChoice& c : op_choices(best_cpu_isa()))
     std::printf("         %s: %s (%s)\n", c.op.c_str(), c.choice.c_str(), c.reason.c_str());
-#if defined(DSV4_CUDA)
+#if defined(DSV4_WITH_CUDA)
   std::printf("ops on cuda\n");
   for (const Gpu& g : gpus.gpus)
     std::printf("         %s: %s\n", g.name.c_str(),

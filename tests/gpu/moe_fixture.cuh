@@ -58,8 +58,8 @@ class MoeGpu : public ::testing::Test {
   void expect_inside(const DeviceBuffer& y, const Reference& reference) {
     const Comparison c = compare(y.as<bf16>(), reference, experts.shape.hidden, stream().get());
     EXPECT_EQ(c.outside, 0u) << "elements outside their bounds (moe_reference.cuh); relative error " << c.relative << ", bound " << c.width;
-    worst_relative = std::max(worst_relative, c.relative);
-    worst_width = std::max(worst_width, c.width);
+    Worst& worst = worst_of[reference.act == ActFormat::kNvfp4];
+    worst = {std::max(worst.relative, c.relative), std::max(worst.width, c.width)};
   }
   void expect_same(const DeviceBuffer& a, const DeviceBuffer& b, const char* what) {
     ASSERT_EQ(a.bytes(), b.bytes()) << what;
@@ -84,11 +84,9 @@ class MoeGpu : public ::testing::Test {
   }
 
   void TearDown() override {
-    if (worst_width > 0) {
-      RecordProperty("relative_error", std::to_string(worst_relative));
-      RecordProperty("relative_bound", std::to_string(worst_width));
-      printf("  largest relative error %.2e, largest relative bound %.2e\n", worst_relative, worst_width);
-    }
+    for (const int a4 : {0, 1})
+      if (worst_of[a4].width > 0)
+        printf("  %s: largest relative error %.2e, largest relative bound %.2e\n", a4 ? "a4" : "a16", worst_of[a4].relative, worst_of[a4].width);
   }
 
   const gpu::Stream& stream() {  // made late: without a GPU there is none
@@ -98,7 +96,10 @@ class MoeGpu : public ::testing::Test {
   std::optional<gpu::Stream> own_stream;
   ExpertSet experts;
   int num_sms = 0;
-  double worst_relative = 0, worst_width = 0;
+  struct Worst {
+    double relative = 0, width = 0;
+  };
+  Worst worst_of[2];  // a16, a4
 };
 
 }  // namespace dsv4::testing

@@ -313,6 +313,7 @@ struct BoundsBuffer {
 };
 
 struct Reference {
+  ActFormat act;
   std::vector<int32_t> tokens;  // sampled
   DeviceBuffer token_of;
   BoundsBuffer y;               // [sampled, hidden]
@@ -336,6 +337,7 @@ BoundsBuffer reference_experts(const Weights& weights, const ReferenceSlots& slo
 inline Reference make_reference(const LinearExperts& w, const Layer& l, ActFormat act, cudaStream_t stream, std::vector<int32_t> tokens = {},
                                 const Fp8Weights* shared = nullptr) {
   Reference r;
+  r.act = act;
   if (tokens.empty())
     for (int32_t t = 0; t < l.tokens; ++t) tokens.push_back(t);
   r.tokens = std::move(tokens);

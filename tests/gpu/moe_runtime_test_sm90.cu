@@ -54,6 +54,7 @@ class Neighbour {
 class MoeRuntime : public MoeGpu {};
 
 // A call whose SMs are reserved ends while its neighbour stays; one that counts on all SMs ends once the neighbour has gone.
+// Nothing may be allocated or freed meanwhile: that waits for the whole device.
 TEST_F(MoeRuntime, BesideAKernelThatHoldsSms) {
   use(*find_case_shape("demo"));
   constexpr int kHeld = 20;
@@ -65,13 +66,28 @@ TEST_F(MoeRuntime, BesideAKernelThatHoldsSms) {
       const DeviceBuffer alone = run(l, base);
       Tier reserved = base;
       reserved.reserved_sms = kHeld;
+      const MoePlan plan = make_plan(experts.shape, tokens, base), small_plan = make_plan(experts.shape, tokens, reserved);
+      DeviceBuffer workspace(plan.workspace_bytes), y(l.y.bytes()), y_reserved(l.y.bytes());
+      init_moe_workspace(workspace.data(), plan_input(experts.shape, tokens, base), stream().get());
+      gpu::fill(y.data(), 0xff, y.bytes(), stream().get());
+      gpu::fill(y_reserved.data(), 0xff, y.bytes(), stream().get());
+      stream().synchronize();
+      MoeGpuArgs args = layer_args(experts, l, base, workspace);
       {
-        Neighbour neighbour(kHeld, 5'000'000'000);
-        expect_same(alone, run(l, reserved), "with the SMs reserved");
-        EXPECT_TRUE(neighbour.still_there());
+        Neighbour neighbour(kHeld, 2'000'000'000);
+        args.y = y_reserved.as<bf16>();
+        moe_gpu(args, small_plan, stream().get());
+        stream().synchronize();
+        EXPECT_TRUE(neighbour.still_there()) << "the call waited for its neighbour";
       }
-      Neighbour neighbour(kHeld, 3'000'000);
-      expect_same(alone, run(l, base), "with no SM reserved");
+      {
+        Neighbour neighbour(kHeld, 3'000'000);
+        args.y = y.as<bf16>();
+        moe_gpu(args, plan, stream().get());
+        stream().synchronize();
+      }
+      expect_same(alone, y_reserved, "with the SMs reserved");
+      expect_same(alone, y, "with no SM reserved");
     }
 }
 
