@@ -66,6 +66,49 @@ __global__ inline void fill_normal_bf16(bf16* p, int64_t n, float sigma, uint64_
   }
 }
 
+// The shared expert, FP8: e4m3 of every finite code but the largest, scales 2^-12 .. 2^-9 times what makes y of order 1.
+struct SharedExpert {
+  int hidden = 0, inter = 0;
+  DeviceBuffer codes[3], scales[3], fc1, fc2, alpha;
+  std::vector<float> host_scales[3];
+  unsigned long long wrong_weights = 0;
+  sm90::MoeSharedWeights packed() const { return {fc1.as<uint8_t>(), fc2.as<uint8_t>(), alpha.as<float>(), inter}; }
+};
+// NaN codes (0x7f, 0xff) become the next smaller number.
+__global__ inline void fill_random_e4m3(uint8_t* p, int64_t n, uint64_t seed) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
+    uint8_t code = static_cast<uint8_t>(mix(seed * 0x100000001b3ull + i));
+    p[i] = (code & 0x7f) == 0x7f ? code ^ 1 : code;
+  }
+}
+inline SharedExpert make_shared_expert(int hidden, int inter, uint64_t seed, cudaStream_t stream) {
+  SharedExpert e;
+  e.hidden = hidden, e.inter = inter;
+  const int64_t n = int64_t(hidden) * inter;
+  for (int i = 0; i < 3; ++i) {
+    const int rows = i == 2 ? hidden : inter, cols = i == 2 ? inter : hidden;
+    e.codes[i] = DeviceBuffer(n);
+    fill_random_e4m3<<<1024, 256, 0, stream>>>(e.codes[i].as<uint8_t>(), n, seed + i);
+    const int middle = static_cast<int>(std::floor(std::log2((i == 2 ? 1.0 : 4.0) / (110.0 * std::sqrt(double(cols))))));  // rms of the codes
+    for (int b = 0; b < (rows + 127) / 128 * ((cols + 127) / 128); ++b)
+      e.host_scales[i].push_back(std::ldexp(1.0f, middle - 1 + static_cast<int>(mix(seed + 1000 * i + b) % 4)));
+    e.scales[i] = DeviceBuffer(static_cast<int64_t>(e.host_scales[i].size()) * 4);
+    gpu::copy_to_device(e.scales[i].data(), e.host_scales[i].data(), e.scales[i].bytes(), stream);
+  }
+  e.fc1 = DeviceBuffer(sm90::moe_shared_fc1_bytes(hidden, inter));
+  e.fc2 = DeviceBuffer(sm90::moe_shared_fc2_bytes(hidden, inter));
+  e.alpha = DeviceBuffer(12);
+  DeviceBuffer wrong(8);
+  gpu::fill(wrong.data(), 0, 8, stream);
+  const auto matrix = [&](int i) { return sm90::MoeLinearFp8{e.codes[i].as<uint8_t>(), e.scales[i].as<float>()}; };
+  const sm90::MoeLinearShared linear{matrix(0), matrix(1), matrix(2)};
+  sm90::pack_moe_shared(linear, hidden, inter, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), stream);
+  sm90::verify_moe_shared(linear, hidden, inter, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), wrong.as<unsigned long long>(), stream);
+  gpu::copy_to_host(&e.wrong_weights, wrong.data(), 8, stream);
+  DSV4_CUDA(cudaStreamSynchronize(stream));
+  return e;
+}
+
 // Weights of one shape. Globals are sized so that gate and up are of order 4 (part of them beyond the clamp of 10) and y of order 1.
 struct ExpertSet {
   CaseShape shape{};
@@ -73,6 +116,7 @@ struct ExpertSet {
   DeviceBuffer fc1, fc2, alpha;
   std::vector<float> host_globals;
   unsigned long long wrong_weights = 0;   // that decode to another value than the linear form
+  SharedExpert shared;                    // used by tiers with shared_inter
 
   LinearExperts linear() const {
     return {codes[0].as<uint8_t>(), codes[1].as<uint8_t>(), codes[2].as<uint8_t>(), sf[0].as<uint8_t>(), sf[1].as<uint8_t>(),
@@ -186,28 +230,31 @@ inline Layer make_layer(const CaseShape& s, int64_t tokens, Routing kind, uint64
 
 // Which kernels a case runs: what the plan chooses ("auto"), or a tier by name.
 struct Tier {
-  std::string name = "auto";  // auto, stream8, stream16, tiled
+  std::string name = "auto";  // auto, ring, stream, tiled
   ActFormat act = ActFormat::kBf16;
   int reserved_sms = 0;
+  int shared_inter = 0;  // of ExpertSet::shared; 0: without
 };
 inline MoePlanInput plan_input(const CaseShape& s, int64_t tokens, const Tier& tier) {
   MoePlanInput in;
   in.num_tokens = tokens, in.hidden = s.hidden, in.inter = s.inter, in.num_experts = s.experts, in.num_topk = s.topk;
   in.act = tier.act;
   in.reserved_sms = tier.reserved_sms;
+  in.shared_inter = tier.shared_inter;
   return in;
 }
 inline MoePlan make_plan(const CaseShape& s, int64_t tokens, const Tier& tier) {
   const MoePlanInput in = plan_input(s, tokens, tier);
   MoePlan plan = plan_moe(in);
   if (tier.name == "tiled") plan.tier = MoeTier::kTiled;
-  if (tier.name == "stream8") plan.tier = MoeTier::kStream, plan.max_rows = 8;
-  if (tier.name == "stream16") plan.tier = MoeTier::kStream, plan.max_rows = 16;
+  if (tier.name == "ring") plan.tier = MoeTier::kRing;
+  if (tier.name == "stream") plan.tier = MoeTier::kStream;
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
   return plan;
 }
 inline bool tier_can_run(const CaseShape& s, int64_t tokens, const Tier& tier) {
-  return tier.name.rfind("stream", 0) != 0 || (tier.act == ActFormat::kBf16 && tokens * s.topk <= sm90::kStreamMaxSlots);
+  if (tier.name == "ring") return tier.act == ActFormat::kBf16 && tokens * s.topk <= sm90::kRingMaxSlots;
+  return tier.name != "stream" || (tier.act == ActFormat::kBf16 && tokens * s.topk <= sm90::kStreamMaxSlots);
 }
 
 inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tier& tier, const DeviceBuffer& workspace) {
@@ -218,6 +265,7 @@ inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tie
   args.topk_idx = l.idx.as<int32_t>();
   args.topk_weights = l.rho.as<float>();
   args.shared_y = l.shared_y.as<bf16>();
+  if (tier.shared_inter > 0) args.shared = experts.shared.packed();
   args.y = l.y.as<bf16>();
   args.num_tokens = l.tokens;
   args.swiglu_limit = 10.0f;

@@ -28,6 +28,14 @@ class MoeGpu : public ::testing::Test {
     experts = make_experts(shape, 10, range, stream().get());
     ASSERT_EQ(experts.wrong_weights, 0u) << "weights that decode to another value";
   }
+  void use_shared(int inter) {
+    experts.shared = make_shared_expert(experts.shape.hidden, inter, 40, stream().get());
+    ASSERT_EQ(experts.shared.wrong_weights, 0u) << "shared weights that decode to another value";
+  }
+  Reference reference_of(const Layer& l, ActFormat act, bool shared, std::vector<int32_t> sample = {}) {
+    const Fp8Weights weights = Fp8Weights::of(experts.shared);
+    return make_reference(experts.linear(), l, act, stream().get(), std::move(sample), shared ? &weights : nullptr);
+  }
   Layer layer(std::vector<int32_t> idx, bool shared_y, uint64_t seed = 7) {
     const int64_t tokens = static_cast<int64_t>(idx.size()) / experts.shape.topk;
     return make_layer(experts.shape, std::move(idx), tokens, seed, shared_y, stream().get());
@@ -78,7 +86,7 @@ class MoeGpu : public ::testing::Test {
   void expect_right_everywhere(const Layer& l) {
     const Reference a16 = make_reference(experts.linear(), l, ActFormat::kBf16, stream().get());
     const Reference a4 = make_reference(experts.linear(), l, ActFormat::kNvfp4, stream().get());
-    for (const Tier& tier : {Tier{"auto"}, Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}})
+    for (const Tier& tier : {Tier{"auto"}, Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}})
       if (tier_can_run(experts.shape, l.tokens, tier)) expect_right(l, tier, a16);
     expect_right(l, {"auto", ActFormat::kNvfp4}, a4);
   }

@@ -19,20 +19,29 @@ MoePlanInput flash(int64_t tokens, ActFormat act = ActFormat::kBf16) {
 }
 
 TEST(MoePlan, FlashChoicesByTokens) {
-  for (const int64_t tokens : {1, 8, 64}) {
-    EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kStream) << tokens;
-    EXPECT_EQ(plan_moe(flash(tokens)).max_rows, 8) << tokens;
-  }
-  EXPECT_EQ(plan_moe(flash(128)).max_rows, 16);
+  for (const int64_t tokens : {1, 3}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kRing) << tokens;
+  for (const int64_t tokens : {5, 8, 64, 256}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kStream) << tokens;
   EXPECT_EQ(plan_moe(flash(1024)).tier, MoeTier::kTiled);
   EXPECT_EQ(plan_moe(flash(8, ActFormat::kNvfp4)).tier, MoeTier::kTiled);
   EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
 }
 
 TEST(MoePlan, PrintsWhatItChose) {
-  EXPECT_NE(plan_moe(flash(8)).to_string().find("stream: 8 rows"), std::string::npos);
+  EXPECT_NE(plan_moe(flash(8)).to_string().find("stream: 132 CTAs"), std::string::npos);
   EXPECT_NE(plan_moe(flash(4096)).to_string().find("tiled: 132 CTAs"), std::string::npos);
   EXPECT_NE(plan_moe(flash(4096, ActFormat::kNvfp4)).to_string().find("fc1 and fc2 apart"), std::string::npos);
+}
+
+TEST(MoePlan, SharedExpertTakesWorkspace) {
+  MoePlanInput in = flash(8);
+  const MoePlan without = plan_moe(in);
+  in.shared_inter = 2048;
+  const MoePlan with = plan_moe(in);
+  EXPECT_TRUE(with.shared_expert);
+  EXPECT_EQ(with.workspace_bytes - without.workspace_bytes, 8 * 2048 * 2 + 8 * 4096 * 2);
+  EXPECT_NE(with.to_string().find("shared expert"), std::string::npos);
+  in.shared_inter = 2080;
+  EXPECT_THROW(plan_moe(in), std::runtime_error);
 }
 
 TEST(MoePlan, ReservedSmsAreLeftFree) {
@@ -58,7 +67,7 @@ TEST(MoePlan, ShapesTheKernelsCannotRunAreRefused) {
 // A workspace allocated for the largest call must hold every smaller one of the same tier, and its parts must not overlap.
 TEST(MoePlan, WorkspacesGrowWithTokens) {
   for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4})
-    for (const MoeTier tier : {MoeTier::kStream, MoeTier::kTiled}) {
+    for (const MoeTier tier : {MoeTier::kRing, MoeTier::kStream, MoeTier::kTiled}) {
       int64_t before = 0;
       for (int64_t tokens = 0; tokens <= 32768; tokens = tokens * 2 + 1) {
         const int64_t bytes = layout_moe_workspace(flash(tokens, act), tier).bytes;

@@ -64,6 +64,12 @@ struct Fp8Weights {  // one expert
   const uint8_t* codes[3];
   const float* block_scales[3];
   int hidden, shared_inter;
+  static Fp8Weights of(const SharedExpert& e) {
+    return {{e.codes[0].as<uint8_t>(), e.codes[1].as<uint8_t>(), e.codes[2].as<uint8_t>()},
+            {e.scales[0].as<float>(), e.scales[1].as<float>(), e.scales[2].as<float>()},
+            e.hidden,
+            e.inter};
+  }
   __device__ int inter() const { return shared_inter; }
   __device__ bool has(int) const { return true; }
   __device__ Fp8Row row(int which, int, int64_t r) const {

@@ -59,7 +59,7 @@ TEST_F(MoeRuntime, BesideAKernelThatHoldsSms) {
   use(*find_case_shape("demo"));
   constexpr int kHeld = 20;
   for (const int64_t tokens : {8, 100, 400})
-    for (const Tier& base : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
+    for (const Tier& base : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
       if (!tier_can_run(experts.shape, tokens, base)) continue;
       SCOPED_TRACE(::testing::Message() << base.name << ", " << tokens << " tokens");
       const Layer l = layer(tokens, Routing::kUniform, true);
@@ -93,7 +93,7 @@ TEST_F(MoeRuntime, BesideAKernelThatHoldsSms) {
 
 TEST_F(MoeRuntime, GraphReplayGivesTheSameBits) {
   use(*find_case_shape("demo"));
-  for (const Tier& tier : {Tier{"stream8"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
+  for (const Tier& tier : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
     SCOPED_TRACE(tier.name);
     const Layer a = layer(60, Routing::kUniform, true), b = layer(60, Routing::kZipf, false);
     const DeviceBuffer alone_a = run(a, tier), alone_b = run(b, tier);
@@ -122,7 +122,7 @@ TEST_F(MoeRuntime, GraphReplayGivesTheSameBits) {
 // One workspace for every size and tier, call after call without a pause.
 TEST_F(MoeRuntime, CallsOfManySizesShareAWorkspace) {
   use(*find_case_shape("demo"));
-  const std::vector<Tier> tiers{{"stream8"}, {"stream16"}, {"tiled"}, {"tiled", ActFormat::kNvfp4}};
+  const std::vector<Tier> tiers{{"ring"}, {"stream"}, {"tiled"}, {"tiled", ActFormat::kNvfp4}};
   int64_t bytes = 0;
   std::vector<Layer> layers;
   std::vector<std::vector<DeviceBuffer>> alone, shared;

@@ -106,7 +106,7 @@ TEST_F(MoeGpu, RandomCases) {
   constexpr int64_t kMaxTokens = 160;
   use(*find_case_shape("small"));
   const CaseShape& s = experts.shape;
-  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"stream8"}).workspace_bytes, make_plan(s, kMaxTokens, {"tiled"}).workspace_bytes,
+  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"ring"}).workspace_bytes, make_plan(s, kMaxTokens, {"tiled"}).workspace_bytes,
                                    make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4}).workspace_bytes}));
   gpu::fill(workspace.data(), 0xff, workspace.bytes(), stream().get());
   init_moe_workspace(workspace.data(), plan_input(s, kMaxTokens, {}), stream().get());
@@ -115,7 +115,7 @@ TEST_F(MoeGpu, RandomCases) {
     const uint64_t r = mix(done);
     const int64_t tokens = 1 + (r >> 8) % (r % 4 == 0 ? kMaxTokens : 24);
     const auto routing = static_cast<Routing>((r >> 40) % 6);
-    const Tier tier = std::array{Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
+    const Tier tier = std::array{Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
     const Layer l = make_layer(s, tokens, routing, done, done % 2 == 0, stream().get());
     SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)] << ", " << tier.name);
     expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace), make_reference(experts.linear(), l, tier.act, stream().get()));

@@ -111,7 +111,7 @@ TEST_F(MoeUnfused, FlashShape) {
 // ---- CPU ----
 
 // The CPU op's y on the same bytes, on the device for comparison.
-DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, const gpu::Stream& stream) {
+DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, bool with_shared, const gpu::Stream& stream) {
   const CaseShape& s = set.shape;
   const int64_t n = int64_t(s.experts) * s.hidden * s.inter, per = int64_t(s.hidden) * s.inter;
   std::vector<uint8_t> codes[3], sf[3];
@@ -127,12 +127,25 @@ DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, cons
       v.global = {set.host_globals[size_t(3 * e + i)]};
     }
   }
+  ExpertWeights shared;
+  std::vector<uint8_t> shared_codes[3];
+  if (with_shared) {
+    Weight* const weights[3] = {&shared.w1, &shared.w3, &shared.w2};
+    for (int i = 0; i < 3; ++i) {
+      shared_codes[i] = to_host<uint8_t>(set.shared.codes[i].data(), set.shared.codes[i].bytes(), stream);
+      WeightView& v = weights[i]->view;
+      v.format = WeightFormat::kFp8Block;
+      v.rows = i == 2 ? s.hidden : set.shared.inter, v.cols = i == 2 ? set.shared.inter : s.hidden;
+      v.data = shared_codes[i].data(), v.block_scales = set.shared.host_scales[i].data();
+    }
+  }
   std::vector<float> x, y(static_cast<size_t>(l.tokens * s.hidden));
   for (const uint16_t bits : to_host<uint16_t>(l.x.data(), l.tokens * s.hidden, stream)) x.push_back(decode_bf16({bits}));
   MoeArgs args{};
   args.x = x.data(), args.topk_idx = l.host_idx.data(), args.topk_weights = l.host_rho.data(), args.y = y.data(), args.experts = experts.data();
   args.num_tokens = l.tokens, args.hidden = s.hidden, args.inter = s.inter, args.num_experts = s.experts, args.num_topk = s.topk;
   args.swiglu_limit = 10.0f, args.precision.act = act;
+  args.shared = with_shared ? &shared : nullptr;
   ThreadPool pool(0);
   moe(args, CpuContext{pool});
   DeviceBuffer device(static_cast<int64_t>(y.size()) * 4);
@@ -143,20 +156,21 @@ DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, cons
 
 class MoeCpu : public MoeGpu {
  protected:
-  // Both inside the same bounds, from the same NVFP4 bytes, inputs and routing.
-  void expect_both_inside(int64_t tokens, Routing routing) {
+  // Both inside the same bounds, from the same bytes, inputs and routing. shared_inter 0: no shared expert.
+  void expect_both_inside(int64_t tokens, Routing routing, int shared_inter = 0) {
     const Layer l = layer(tokens, routing, false);
+    if (shared_inter > 0) use_shared(shared_inter);
     for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
       SCOPED_TRACE(::testing::Message() << experts.shape.name << (act == ActFormat::kNvfp4 ? " a4, " : " a16, ") << tokens << " tokens");
-      const Reference reference = make_reference(experts.linear(), l, act, stream().get());
-      const DeviceBuffer cpu = cpu_layer(experts, l, act, stream());
+      const Reference reference = reference_of(l, act, shared_inter > 0);
+      const DeviceBuffer cpu = cpu_layer(experts, l, act, shared_inter > 0, stream());
       const Comparison c = compare(cpu.as<float>(), reference, experts.shape.hidden, stream().get());
       EXPECT_EQ(c.outside, 0u) << "elements of the CPU op outside their bounds; relative error " << c.relative << ", bound " << c.width;
-      for (const Tier& tier : {Tier{"auto", act}, Tier{"stream8", act}, Tier{"stream16", act}, Tier{"tiled", act}})
-        if (tier_can_run(experts.shape, tokens, tier)) {
-          SCOPED_TRACE(tier.name);
-          expect_inside(run(l, tier), reference);
-        }
+      for (const char* name : {"auto", "ring", "stream", "tiled"}) {
+        SCOPED_TRACE(name);
+        const Tier tier{name, act, 0, shared_inter};
+        if (tier_can_run(experts.shape, tokens, tier)) expect_inside(run(l, tier), reference);
+      }
     }
   }
 };
@@ -168,6 +182,13 @@ TEST_F(MoeCpu, SameBytesGiveTheSameLayer) {
   }
   use({"wide/8", 1088, 576, 8, 4});
   expect_both_inside(12, Routing::kZipf);
+}
+
+TEST_F(MoeCpu, SameBytesGiveTheSameLayerWithASharedExpert) {
+  use(*find_case_shape("odd"));
+  for (const int64_t tokens : {1, 20, 140}) expect_both_inside(tokens, Routing::kUniform, 192);
+  use(*find_case_shape("demo"));
+  for (const int64_t tokens : {5, 70}) expect_both_inside(tokens, Routing::kHoles, 320);
 }
 
 }  // namespace

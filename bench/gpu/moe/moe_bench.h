@@ -41,10 +41,10 @@ struct MoeTimeOptions {
   std::string shape = "flash";
   std::vector<int64_t> tokens{1, 8, 64, 256, 1024, 4096};
   std::vector<std::string> routings{"uniform", "zipf"};
-  std::vector<std::string> tiers{"auto"};  // auto, stream8, stream16, tiled
+  std::vector<std::string> tiers{"auto"};  // auto, ring, stream, tiled
   bool a4 = false;
   bool read_only = true;   // also time a kernel that only reads the same weights
-  bool ring_only = false;  // streaming tier: also its own copies without arithmetic
+  bool parts = false;      // ring and streaming tier: also their loads without arithmetic and the reverse
   int samples = 30;
 };
 struct MoeTimeRow {
@@ -56,7 +56,7 @@ struct MoeTimeRow {
   double nominal_floor_us = 0;         // the same with 4.6 TB/s and 790 TFLOP/s
   double gb_per_s = 0, tflop_per_s = 0;
   double read_us = 0;                  // the stream-only kernel
-  double ring_us = 0;
+  double loads_us = 0, math_us = 0;
 };
 nlohmann::json to_json(const MoeTimeRow& row);
 void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const std::function<void(const MoeTimeRow&)>& report);

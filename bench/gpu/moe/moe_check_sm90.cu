@@ -48,7 +48,7 @@ int run_moe_check(uint64_t seed) {
     for (const int64_t tokens : big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
       for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles, Routing::kNone, Routing::kDuplicates}) {
         if (big && tokens > 64 && routing != Routing::kZipf && routing != Routing::kOneExpert) continue;
-        for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
+        for (const Tier& tier : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
           if (!tier_can_run(s, tokens, tier)) continue;
           ++count;
           failed += !check_case(m, tokens, routing, seed + 1000 * tokens + int(routing), tier, stream.get(), big);
@@ -67,7 +67,7 @@ int run_moe_fuzz(int n, const std::string& shape) {
   const ExpertSet m = make_experts(s, 5, ScaleRange::kAll, stream.get());
   constexpr int64_t kMaxTokens = 160;
   const auto bytes = [&](const Tier& t) { return make_plan(s, kMaxTokens, t).workspace_bytes; };
-  DeviceBuffer workspace(std::max(bytes({"stream8"}), bytes({"tiled"})) + 1024);
+  DeviceBuffer workspace(std::max(bytes({"ring"}), bytes({"tiled"})) + 1024);
   init_moe_workspace(workspace.data(), plan_input(s, kMaxTokens, {}), stream.get());
   int failed = 0;
   for (int i = 0; i < n && failed < 5; ++i) {
@@ -75,7 +75,7 @@ int run_moe_fuzz(int n, const std::string& shape) {
     const int64_t tokens = 1 + (r >> 8) % (r % 4 == 0 ? kMaxTokens : 24);
     const Layer l = make_layer(s, tokens, static_cast<Routing>((r >> 40) % 6), i, i % 2 == 0, stream.get());
     const Reference ref = make_reference(m.linear(), l, ActFormat::kBf16, stream.get());
-    for (const Tier& tier : {Tier{"stream8"}, Tier{"stream16"}, Tier{"tiled"}}) {
+    for (const Tier& tier : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}}) {
       if (!tier_can_run(s, tokens, tier)) continue;
       gpu::fill(l.y.data(), 0xff, l.y.bytes(), stream.get());
       run_layer(m, l, tier, make_plan(s, tokens, tier), workspace, stream.get());

@@ -5,6 +5,7 @@
 #include "gpu/moe_case.cuh"
 #include "gpu/launch.h"
 #include "moe_bench.h"
+#include "ops/moe/moe_ring_sm90.cuh"
 #include "ops/moe/moe_stream_sm90.cuh"
 
 namespace dsv4::bench {
@@ -19,8 +20,7 @@ const CaseShape& shape_named(const std::string& name) {
 }
 
 template <class Traits>
-void launch_stream(const sm90::MoeStreamArgs& args, int ctas, cudaStream_t stream) {
-  const auto kernel = sm90::moe_stream_kernel<Traits>;
+void launch_mode(void (*kernel)(sm90::MoeStreamArgs), const sm90::MoeStreamArgs& args, int ctas, cudaStream_t stream) {
   gpu::allow_smem(kernel, Traits::kSmemBytes);
   gpu::LaunchConfig config;
   config.grid = ctas, config.block = Traits::kThreads, config.smem_bytes = Traits::kSmemBytes, config.stream = stream, config.dependent = true;
@@ -36,7 +36,7 @@ sm90::MoeStreamArgs stream_args(const ExpertSet& m, const Layer& l, const Tier& 
   a.x = l.x.as<bf16>(), a.topk_idx = l.idx.as<int32_t>(), a.topk_weights = l.rho.as<float>(), a.y = l.y.as<bf16>();
   a.h = reinterpret_cast<bf16*>(base + layout.h), a.slot_y = reinterpret_cast<bf16*>(base + layout.slot_y);
   a.fc1_done = reinterpret_cast<uint32_t*>(base + layout.fc1_done), a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
-  a.exited = reinterpret_cast<uint32_t*>(base + layout.exited);
+  a.exited = reinterpret_cast<uint32_t*>(base + layout.exited), a.ticket = reinterpret_cast<uint32_t*>(base + layout.ticket_stream);
   a.num_tokens = int(l.tokens), a.swiglu_limit = 10.0f;
   return a;
 }
@@ -47,8 +47,8 @@ void print_trace(int ctas) {
   DSV4_CUDA(cudaMemcpyFromSymbol(t, sm90::moe_trace, sizeof t));
   unsigned long long zero = ~0ull;
   for (int c = 0; c < ctas; ++c) zero = std::min(zero, t[c * 8 + 1]);
-  const char* names[] = {"start", "inputs ready", "routed", "first task done", "first fc2 task", "math done", "roles done", "counted"};
-  for (int i = 0; i < 8; ++i) {
+  const char* names[] = {"start", "inputs ready", "routed", "math done", "all tasks done", "combined"};
+  for (int i = 0; i < 6; ++i) {
     std::vector<double> v;
     for (int c = 0; c < ctas; ++c) v.push_back((double(t[c * 8 + i]) - double(zero)) * 1e-3);
     std::sort(v.begin(), v.end());
@@ -100,7 +100,7 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
       for (const std::string& tier_name : options.tiers) {
         const Tier tier{tier_name, options.a4 ? ActFormat::kNvfp4 : ActFormat::kBf16};
         const MoePlan plan = make_plan(s, tokens, tier);
-        if (plan.tier == MoeTier::kStream && tokens * s.topk > sm90::kStreamMaxSlots) continue;
+        if (tokens * s.topk > moe_tier_max_slots(plan.tier)) continue;
         const int copies = tokens <= 1 ? 16 : tokens <= 8 ? 12 : tokens <= 64 ? 6 : tokens <= 256 ? 4 : tokens <= 1024 ? 3 : 2;
         MoeTimeRow row{s.name, routing, tier_name, options.a4 ? "a4" : "a16", tokens};
         std::vector<Layer> layers;
@@ -132,18 +132,24 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
                                               lists[i].as<int32_t>(), static_cast<int>(activated[i].size()), flush.as<uint32_t>());
           });
         }
-        if (plan.tier == MoeTier::kStream && options.ring_only) {
-          row.ring_us = moe_median_us(stream, flush, copies, options.samples, 0.1, [&](int i, cudaStream_t on) {
-            launch_stream<sm90::StreamTraits<8, sm90::StreamMode::kWeightsOnly>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
-          });
+        if (plan.tier != MoeTier::kTiled && options.parts) {
+          const auto time_mode = [&](auto ring, auto stream_traits, double seconds, int samples) {
+            return moe_median_us(stream, flush, copies, samples, seconds, [&](int i, cudaStream_t on) {
+              const sm90::MoeStreamArgs args = stream_args(m, layers[i], tier, workspace);
+              if (plan.tier == MoeTier::kRing)
+                launch_mode<decltype(ring)>(sm90::moe_ring_kernel<decltype(ring)>, args, plan.ctas, on);
+              else
+                launch_mode<decltype(stream_traits)>(sm90::moe_stream_kernel<decltype(stream_traits)>, args, plan.ctas, on);
+            });
+          };
+          using sm90::StreamMode;
+          row.loads_us = time_mode(sm90::RingTraits<StreamMode::kWeightsOnly>(), sm90::StreamTraits<StreamMode::kWeightsOnly>(), 0.1, options.samples);
+          row.math_us = time_mode(sm90::RingTraits<StreamMode::kMathOnly>(), sm90::StreamTraits<StreamMode::kMathOnly>(), 0.1, options.samples);
 #ifdef DSV4_MOE_TRACE
-          printf("math only: %.1f us\n", moe_median_us(stream, flush, copies, 10, 0.05, [&](int i, cudaStream_t on) {
-            launch_stream<sm90::StreamTraits<8, sm90::StreamMode::kMathOnly>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
-          }));
-          moe_median_us(stream, flush, copies, 5, 0.05, [&](int i, cudaStream_t on) {
-            launch_stream<sm90::StreamTraits<8>>(stream_args(m, layers[i], tier, workspace), plan.ctas, on);
-          });
-          print_trace(plan.ctas);
+          if (plan.tier == MoeTier::kStream) {
+            time_mode(sm90::RingTraits<>(), sm90::StreamTraits<>(), 0.05, 5);
+            print_trace(plan.ctas);
+          }
 #endif
         }
         const double weights = row.activated * 3.0 * s.hidden * s.inter * 0.5625;

@@ -76,6 +76,7 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
   input.num_experts = args.shape.num_experts;
   input.num_topk = args.shape.num_topk;
   input.act = args.act;
+  input.shared_inter = args.shared.fc1 ? args.shared.inter : 0;
   const MoeWorkspace layout = layout_moe_workspace(input, plan.tier);
   DSV4_GPU_REQUIRE("moe", args.workspace_bytes >= layout.bytes, "workspace of %lld bytes, %lld needed for %lld tokens",
                    static_cast<long long>(args.workspace_bytes), static_cast<long long>(layout.bytes),
@@ -84,10 +85,17 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
                    static_cast<int>(args.act));
   DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.num_tokens * args.shape.num_topk <= sm90::kStreamMaxSlots,
                    "%lld tokens in the streaming tier", static_cast<long long>(args.num_tokens));
+  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "the shared expert given twice, as weights and as output%s", "");
+  MoeGpuArgs routed = args;
+  if (args.shared.fc1) {
+    bf16* shared_y = at<bf16>(args, layout.shared_y);
+    sm90::launch_moe_shared({args.shared, args.x, at<bf16>(args, layout.shared_h), shared_y, args.num_tokens, args.shape.hidden, args.swiglu_limit}, stream);
+    routed.shared_y = shared_y;
+  }
   if (plan.tier == MoeTier::kStream)
-    run_stream(args, plan, layout, stream);
+    run_stream(routed, plan, layout, stream);
   else
-    run_tiled(args, plan, layout, stream);
+    run_tiled(routed, plan, layout, stream);
 }
 
 }  // namespace dsv4

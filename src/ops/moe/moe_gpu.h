@@ -1,7 +1,7 @@
 // moe on a Hopper GPU: the contract of moe.h with device pointers and BF16 activations.
 //
-// Differences from moe.h: x and y are BF16; the shared expert's output is an input (its FP8 GEMMs run elsewhere); exact mode
-// does not exist here. Weights: pack_moe_expert (moe_pack_sm90.h). No call synchronises with the host; every call can be
+// Differences from moe.h: x and y are BF16; the shared expert is FP8 (or its output is an input); exact mode does not exist
+// here. Weights: pack_moe_expert (moe_pack_sm90.h), pack_moe_shared (moe_shared_sm90.h). No call synchronises with the host; every call can be
 // captured in a graph. Same inputs give the same bits. In a4 sums run in the order of the tensor core, not of the contract.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "ops/moe/moe_plan.h"
+#include "ops/moe/moe_shared_sm90.h"
 #include "ops/moe/moe_sm90.h"
 
 namespace dsv4 {
@@ -20,7 +21,8 @@ struct MoeGpuArgs {
   const bf16* x;               // [num_tokens, hidden]
   const int32_t* topk_idx;     // [num_tokens, num_topk]  expert id; negative or >= num_experts: slot unused
   const float* topk_weights;   // [num_tokens, num_topk]
-  const bf16* shared_y;        // [num_tokens, hidden] the shared expert's output, or nullptr
+  sm90::MoeSharedWeights shared;  // the shared expert, or none
+  const bf16* shared_y;        // [num_tokens, hidden] its output, where that is computed elsewhere (shared is none), or nullptr
   bf16* y;                     // [num_tokens, hidden]    must not alias x
   int64_t num_tokens;          // 0 is legal
   float swiglu_limit;

@@ -21,9 +21,11 @@ MoePlan plan_moe(const MoePlanInput& in) {
              sm90::kMoeMaxExperts);
   DSV4_CHECK(in.num_topk > 0 && in.num_topk <= 32, "num_topk = {}, at most 32", in.num_topk);
   DSV4_CHECK(in.num_tokens >= 0 && in.num_tokens * in.num_topk <= (int64_t{1} << 22), "num_tokens = {}", in.num_tokens);
+  DSV4_CHECK(in.shared_inter >= 0 && in.shared_inter % 64 == 0, "shared_inter = {}: a multiple of 64", in.shared_inter);
   DSV4_CHECK(in.num_sms > in.reserved_sms && in.reserved_sms >= 0, "{} of {} SMs reserved", in.reserved_sms, in.num_sms);
   MoePlan plan;
   plan.ctas = in.num_sms - in.reserved_sms;
+  plan.shared_expert = in.shared_inter > 0;
   const int64_t slots = in.num_tokens * in.num_topk;
   if (in.act == ActFormat::kBf16 && in.num_tokens <= kStreamMaxTokens && slots <= sm90::kStreamMaxSlots) {
     plan.tier = MoeTier::kStream;  // decode: latency and bandwidth
@@ -37,9 +39,10 @@ MoePlan plan_moe(const MoePlanInput& in) {
 }
 
 std::string MoePlan::to_string() const {
-  if (tier == MoeTier::kStream) return fmt::format("stream: {} rows a task, {} CTAs, workspace {} bytes", max_rows, ctas, workspace_bytes);
-  return fmt::format("tiled: {} CTAs, {}, workspace {} bytes", ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
-                     workspace_bytes);
+  const char* shared_text = shared_expert ? ", shared expert before" : "";
+  if (tier == MoeTier::kStream) return fmt::format("stream: {} rows a task, {} CTAs, workspace {} bytes{}", max_rows, ctas, workspace_bytes, shared_text);
+  return fmt::format("tiled: {} CTAs, {}, workspace {} bytes{}", ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
+                     workspace_bytes, shared_text);
 }
 
 }  // namespace dsv4

@@ -20,6 +20,7 @@ struct MoePlanInput {
   ActFormat act = ActFormat::kBf16;
   int num_sms = 132;
   int reserved_sms = 0;  // left to a kernel that runs beside this one
+  int64_t shared_inter = 0;  // of the shared expert, if its weights are given: a multiple of 64
 };
 
 struct MoePlan {
@@ -27,6 +28,7 @@ struct MoePlan {
   int max_rows = 0;      // kStream: token rows a task
   int ctas = 0;          // persistent, one per SM
   bool split_launch = false;  // fc1 and fc2 in launches of their own (a4: the global scale of a row of h needs the whole row)
+  bool shared_expert = false;  // its two GEMMs run before the routed experts (moe_shared_sm90.h)
   int64_t workspace_bytes = 0;
 
   std::string to_string() const;

@@ -16,6 +16,7 @@ struct MoeWorkspace {
   int64_t h = 0, slot_y = 0;                                            // both tiers
   int64_t tiles = 0, num_tiles = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0, x_rows = 0;  // tiled
   int64_t h_wide = 0, x_global = 0, h_global = 0;                       // tiled, a4
+  int64_t shared_h = 0, shared_y = 0;                                   // shared expert
   int64_t bytes = 0;
 };
 
@@ -50,6 +51,10 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
       w.x_global = take(rows * 4);
       w.h_global = take(rows * 4);
     }
+  }
+  if (in.shared_inter > 0) {
+    w.shared_h = take(in.num_tokens * in.shared_inter * 2);
+    w.shared_y = take(in.num_tokens * in.hidden * 2);
   }
   w.bytes = at;
   return w;

@@ -1,0 +1,66 @@
+// The shared expert on Hopper: FP8 weights (e4m3 with power-of-two scales per 128x128), every token, always a16.
+//
+// Kernel form: as moe_layout.h (same strips, same row and column order, so the same epilogues and token operands), but a block
+// of 64x64 is 4096 bytes of codes and 16 of scales. Thread (warp, lane) has 16 bytes at 16 * thread for row g and as many at
+// 2048 + 16 * thread for row g + 8: word s, columns 16 t + 4 s + {0, 2, 1, 3} from the low byte up, so that a word becomes two
+// bf16 pairs by moving bits. A code so moved is e4m3 * 2^-120 (subnormals included); the block's factor, 2^120 times its scale
+// over the matrix's largest, makes it exact again (4 significant bits). The factor stands twice in a word, one word for the
+// low rows (fc1: gate) and one for the high (up), then eight unused bytes. alpha is the largest scale.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "codec/bf16.h"
+#include "ops/moe/moe_layout.h"
+
+namespace dsv4::sm90 {
+
+constexpr int kMoeFp8CodeBytes = 4096;
+constexpr int kMoeFp8BlockBytes = kMoeFp8CodeBytes + 16;
+constexpr int64_t moe_shared_fc1_bytes(int64_t hidden, int64_t inter) {
+  return moe_fc1_strips(inter) * (hidden / kMoeBlockCols) * kMoeFp8BlockBytes;
+}
+constexpr int64_t moe_shared_fc2_bytes(int64_t hidden, int64_t inter) {
+  return moe_fc2_strips(hidden) * (inter / kMoeBlockCols) * kMoeFp8BlockBytes;
+}
+
+// Kernel form, in device memory. fc1 == nullptr: no shared expert.
+struct MoeSharedWeights {
+  const uint8_t* fc1 = nullptr;   // moe_shared_fc1_bytes
+  const uint8_t* fc2 = nullptr;   // moe_shared_fc2_bytes
+  const float* alpha = nullptr;   // [3] of w1, w3, w2
+  int inter = 0;                  // multiple of 64
+};
+
+// One matrix as checkpoints hold it, in device memory.
+struct MoeLinearFp8 {
+  const uint8_t* codes;        // [rows, cols] e4m3
+  const float* block_scales;   // [ceil(rows / 128), ceil(cols / 128)], powers of two
+};
+struct MoeLinearShared {
+  MoeLinearFp8 w1, w3;  // [inter, hidden]
+  MoeLinearFp8 w2;      // [hidden, inter]
+};
+
+void pack_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, uint8_t* fc1, uint8_t* fc2, float* alpha, cudaStream_t stream);
+// Decodes with the kernels' own decoder and compares every weight with the linear form; adds the number of differences. A scale
+// that is no power of two, or a NaN code, shows here.
+void verify_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, const uint8_t* fc1, const uint8_t* fc2, const float* alpha,
+                       unsigned long long* mismatches, cudaStream_t stream);
+
+struct MoeSharedArgs {
+  MoeSharedWeights weights;
+  const bf16* x;       // [num_tokens, hidden]
+  bf16* h;             // [num_tokens, inter]   scratch
+  bf16* y;             // [num_tokens, hidden]
+  int64_t num_tokens;
+  int hidden;
+  float swiglu_limit;
+};
+// Two launches. Up to kSharedStreamTokens tokens weights are streamed past mma.sync; beyond, tiles of 128 tokens and wgmma.
+constexpr int64_t kSharedStreamTokens = 128;
+void launch_moe_shared(const MoeSharedArgs& args, cudaStream_t stream);
+
+}  // namespace dsv4::sm90
