@@ -99,6 +99,99 @@ TEST(Gemm, Nvfp4ActivationsAreBitwiseEqualToReference) {
   }
 }
 
+// Rows are scaled by powers of two on some paths: no size of the values may show, and what is not finite stays so.
+TEST(Gemm, RowsOfAnySizeMatchReference) {
+  std::mt19937 rng(11);
+  constexpr int64_t kRows = 24, kCols = 144;
+  const float sizes[] = {1.0f, 0.0f, 0x1p100f, 0x1p-100f, 0x1p14f, 0x1p-14f, INFINITY, NAN};
+  constexpr int64_t kTokens = std::size(sizes);
+  for (WeightFormat format : kAllFormats) {
+    OwnedWeight owned = random_weight(rng, format, kRows, kCols);
+    std::vector<float> x = random_floats(rng, kTokens * kCols, 1.0f, true);
+    for (int64_t t = 0; t < kTokens; ++t) {
+      if (std::isfinite(sizes[t])) {
+        for (int64_t k = 0; k < kCols; ++k) x[t * kCols + k] *= sizes[t];
+      } else {
+        x[t * kCols + 77] = sizes[t];
+      }
+    }
+    const std::vector<float> expected = run_gemm(owned.weight, x, kTokens, CpuIsa::kReference, 1, false, true);
+    for (CpuIsa isa : vector_isas()) {
+      const std::vector<float> y = run_gemm(owned.weight, x, kTokens, isa, 1, false, true);
+      for (int64_t t = 0; t < kTokens; ++t) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          const float want = expected[t * kRows + r], got = y[t * kRows + r];
+          SCOPED_TRACE(std::string(cpu_isa_name(isa)) + " " + format_name(format) + " row of size " + std::to_string(sizes[t]));
+          if (std::isnan(want)) ASSERT_TRUE(std::isnan(got));
+          else if (std::isinf(want)) ASSERT_EQ(got, want);
+          else ASSERT_NEAR(got, want, static_cast<double>(kCols + 4) * 0x1p-24 * absolute_sum(owned.weight, &x[t * kCols], r));
+        }
+      }
+    }
+  }
+}
+
+// The order of panel_amx.cpp, one operation at a time: 32 columns as two chains of FMAs, then one addition.
+float tile_order_sum(const Weight& w, const float* x, int64_t row) {
+  const WeightView& v = w.view;
+  const bool nvfp4 = v.format == WeightFormat::kNvfp4, fp8 = v.format == WeightFormat::kFp8Block;
+  const auto weight = [&](int64_t k) {  // without the scales that come after the sums
+    if (nvfp4) {
+      const uint8_t byte = static_cast<const uint8_t*>(v.data)[(row * v.cols + k) / 2];
+      return decode_e2m1(k % 2 == 0 ? e2m1x2_even(byte) : e2m1x2_odd(byte)) * decode_ue4m3(v.sf[(row * v.cols + k) / 16]);
+    }
+    if (fp8) return decode_e4m3(static_cast<const uint8_t*>(v.data)[row * v.cols + k]);
+    return decode_bf16(static_cast<const bf16*>(v.data)[row * v.cols + k]);
+  };
+  float total = 0.0f, sum = 0.0f;
+  for (int64_t begin = 0; begin < v.cols; begin += 32) {
+    float chain[2] = {0.0f, 0.0f};
+    for (int64_t k = begin; k < std::min(begin + 32, v.cols); ++k) {
+      // Pairs are neighbours in dense rows, and columns 8b + j, 8b + 4 + j in NVFP4.
+      float& which = chain[nvfp4 ? k / 4 % 2 : k % 2];
+      which = std::fma(weight(k), x[k], which);
+    }
+    sum += chain[0] + chain[1];
+    if (fp8 && (begin % 128 == 96 || begin + 32 >= v.cols)) {
+      total = std::fma(sum, v.block_scales[row / 128 * ((v.cols + 127) / 128) + begin / 128], total);
+      sum = 0.0f;
+    }
+  }
+  return fp8 ? total : nvfp4 ? sum * v.global.value : sum;
+}
+
+TEST(GemmAmx, SumsAreInTheDocumentedOrderBitForBit) {
+  if (best_cpu_isa() < CpuIsa::kAmx) GTEST_SKIP() << "this machine has " << cpu_isa_name(best_cpu_isa()) << ", not amx";
+  std::mt19937 rng(12);
+  for (WeightFormat format : {WeightFormat::kBf16, WeightFormat::kFp8Block, WeightFormat::kNvfp4}) {
+    for (const Shape& shape : kShapes) {
+      OwnedWeight owned = random_weight(rng, format, shape.rows, shape.cols);
+      Weight packed = owned.weight;
+      pack(packed, CpuIsa::kAmx);
+      for (int64_t num_tokens : {1, 5, 16, 31, 33, 70}) {
+        const std::vector<float> x = random_floats(rng, num_tokens * shape.cols, 1.0f, true);
+        for (const Weight* w : {&owned.weight, &packed}) {
+          const std::vector<float> y = run_gemm(*w, x, num_tokens, CpuIsa::kAmx, 1, false, true);
+          for (int64_t t = 0; t < num_tokens; ++t)
+            for (int64_t r = 0; r < shape.rows; ++r)
+              ASSERT_EQ(y[t * shape.rows + r], tile_order_sum(owned.weight, &x[t * shape.cols], r))
+                  << format_name(format) << " " << shape.rows << "x" << shape.cols << " tokens " << num_tokens << " at " << t << ", " << r;
+        }
+      }
+    }
+  }
+}
+
+TEST(GemmAmx, ActivationsThatAreNoBf16ValuesKeepBinary32Products) {
+  if (best_cpu_isa() < CpuIsa::kAmx) GTEST_SKIP() << "this machine has " << cpu_isa_name(best_cpu_isa()) << ", not amx";
+  std::mt19937 rng(13);
+  for (WeightFormat format : kAllFormats) {
+    OwnedWeight owned = random_weight(rng, format, 33, 208);
+    const std::vector<float> x = random_floats(rng, 20 * 208, 1.0f, false);
+    EXPECT_EQ(run_gemm(owned.weight, x, 20, CpuIsa::kAmx, 1, false, false), run_gemm(owned.weight, x, 20, CpuIsa::kAvx512, 1, false, false));
+  }
+}
+
 TEST(Gemm, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
   std::mt19937 rng(2);
   constexpr int64_t kTokens = 150;

@@ -156,6 +156,7 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
     const int64_t first = idx % tasks_per_chunk * panels_per_task;
     const int64_t last = std::min(num_panels, first + panels_per_task);
     float* out = thread_panel_scratch().out.get<float>(2 * count * kPanelRows);
+    const PanelScope scope(kernels, x.form(), x.rows() + token, count, w.cols);
     int64_t panel = first;
     for (; tiles && panel + 2 <= last; panel += 2) {
       const int64_t row = panel * kPanelRows;

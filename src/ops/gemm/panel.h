@@ -47,7 +47,7 @@ struct ActHint {
   int64_t num_rows;  // that meet one weight, about
 };
 // Below this the int8 dot products are faster than tiles; the results are the same (docs/kernels/cpu.md).
-constexpr int64_t kMinTileRowsA4 = 8;
+constexpr int64_t kMinTileRowsA4 = 5;
 
 // A kNvfp4 row of K columns padded to P = round_up(K, 64): int8 doubled codes [P], each 8 columns in the order
 // 0 2 4 6 1 3 5 7; int32 corrections [P / 16] = -12 * sum of the group's codes (kernels use weights + 12 as unsigned);
@@ -77,6 +77,9 @@ struct PanelKernels {
   ActForm (*form)(WeightFormat format, const ActHint& hint);
   // Not kF32. Column forms: out is the row's place in its block, pair_stride the bytes to the next two columns.
   void (*prepare)(ActForm form, const float* x, int64_t cols, std::byte* out, int64_t pair_stride);
+  // Around calls of dot on one thread that share form, x and num_x (tiles are configured and released).
+  void (*enter)(ActForm form, const std::byte* const* x, int64_t num_x, int64_t cols);
+  void (*leave)(ActForm form);
   void (*dot)(const PanelArgs& args);
   void (*dot_pair)(const PanelArgs& a, const PanelArgs& b);  // two panels of one shape and format and the same rows of x
   // Element-wise steps of moe; count is a multiple of 8.

@@ -229,6 +229,9 @@ void dot(const PanelArgs& args) {
   }
 }
 
+void enter(ActForm, const std::byte* const*, int64_t, int64_t) {}
+void leave(ActForm) {}
+
 void dot_pair(const PanelArgs& a, const PanelArgs& b) {
   dot(a);
   dot(b);
@@ -237,7 +240,7 @@ void dot_pair(const PanelArgs& a, const PanelArgs& b) {
 }  // namespace
 
 const PanelKernels& panel_kernels_avx512() {
-  static constexpr PanelKernels kernels{form, prepare, dot, dot_pair, swiglu_row, round_row, add_row};
+  static constexpr PanelKernels kernels{form, prepare, enter, leave, dot, dot_pair, swiglu_row, round_row, add_row};
   return kernels;
 }
 

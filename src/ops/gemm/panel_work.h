@@ -69,6 +69,22 @@ struct SpreadTasks {
   int64_t task(int64_t idx) const { return idx % ways * stretch() + idx / ways; }  // >= count: nothing to do
 };
 
+// Around run_panel and run_panel_pair with the same form and rows of x, on one thread.
+class PanelScope {
+ public:
+  PanelScope(const PanelKernels& kernels, ActForm form, const std::byte* const* x, int64_t num_x, int64_t cols)
+      : kernels_(kernels), form_(form) {
+    kernels.enter(form, x, num_x, cols);
+  }
+  ~PanelScope() { kernels_.leave(form_); }
+  PanelScope(const PanelScope&) = delete;
+  PanelScope& operator=(const PanelScope&) = delete;
+
+ private:
+  const PanelKernels& kernels_;
+  ActForm form_;
+};
+
 // out: [num_x, 16] = 16 rows of w from row_begin (a multiple of 16) times x.
 void run_panel(const PanelKernels& kernels, const Weight& w, int64_t row_begin, ActForm form, const std::byte* const* x,
                int64_t num_x, float* out);

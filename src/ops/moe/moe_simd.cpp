@@ -1,7 +1,7 @@
 // moe on the vector instruction sets: slots grouped by expert, two passes of panels over the weights, each read once.
 //
 //   prepare   rows of x in the form the expert kernels read (a4: quantised; tiles: one row per slot, in order of slots)
-//   fc1       task = (expert, panel of 16 inter rows): gate and up of its tokens, SwiGLU, h[slot]
+//   fc1       task = (expert, run of panels of 16 inter rows): gate and up of its tokens, SwiGLU, h[slot]
 //   requant   rows of h in the form of fc2
 //   fc2       task = (block of hidden rows, range of tokens): for each expert in order of id y[token] += w2 h, then the
 //             shared expert, so that every output element has one owner and one order. A block is several panels, so that an
@@ -46,6 +46,7 @@ struct MoeWork {
 // A task covers at most this many slots, so that 4096 tokens on few experts still spread over all threads and the rows a
 // panel reads stay in cache.
 constexpr int64_t kSlotsPerTask = 128;
+constexpr int64_t kPanelsPerTask = 4;  // fc1, at most: 300 KB of Flash weights
 // fc2: sums of one task, half of a second-level cache; tokens of a range (a multiple of 16, the blocks of column forms).
 constexpr int64_t kSumBytes = 256 << 10, kRangeTokens = 512;
 constexpr double kSerialFlops = 2e5;  // below: about 6 us of work for four parallel loops of about 1 us
@@ -177,30 +178,37 @@ class MoeRun {
     return h_ + num_routed_slots() * routed_h_stride_ + (slot - e.slot_begin) * shared_h_stride_;
   }
 
+  // A task is a run of panels of one expert for a range of its slots: a thread then reads a stretch of each weight.
   void run_fc1() {
+    int64_t num_panels = 0;
+    for (const ActiveExpert& e : work_.experts) num_panels += ceil_div(e.inter(), kPanelRows);
+    const int64_t run = std::clamp<int64_t>(num_panels / (8 * pool_.num_threads()), 1, kPanelsPerTask);
+    const auto num_runs = [run](const ActiveExpert& e) { return ceil_div(ceil_div(e.inter(), kPanelRows), run); };
     work_.fc1_task_begin.assign(1, 0);
     for (const ActiveExpert& e : work_.experts)
-      work_.fc1_task_begin.push_back(work_.fc1_task_begin.back() + ceil_div(e.inter(), kPanelRows) *
-                                                                      ceil_div(e.slot_end - e.slot_begin, kSlotsPerTask));
+      work_.fc1_task_begin.push_back(work_.fc1_task_begin.back() + num_runs(e) * ceil_div(e.slot_end - e.slot_begin, kSlotsPerTask));
     for_each(work_.fc1_task_begin.back(), true, [&](int64_t task) {
       const auto found = std::upper_bound(work_.fc1_task_begin.begin(), work_.fc1_task_begin.end(), task) - 1;
       const ActiveExpert& e = work_.experts[static_cast<size_t>(found - work_.fc1_task_begin.begin())];
-      const int64_t num_panels = ceil_div(e.inter(), kPanelRows);
-      const int64_t slot = e.slot_begin + (task - *found) / num_panels * kSlotsPerTask;
-      fc1_panel(e, (task - *found) % num_panels * kPanelRows, slot, std::min(slot + kSlotsPerTask, e.slot_end));
+      const int64_t slot = e.slot_begin + (task - *found) / num_runs(e) * kSlotsPerTask;
+      const int64_t row = (task - *found) % num_runs(e) * run * kPanelRows;
+      fc1_rows(e, row, std::min(e.inter(), row + run * kPanelRows), slot, std::min(slot + kSlotsPerTask, e.slot_end));
     });
   }
 
-  void fc1_panel(const ActiveExpert& e, int64_t row, int64_t slot_begin, int64_t slot_end) {
+  void fc1_rows(const ActiveExpert& e, int64_t row_begin, int64_t row_end, int64_t slot_begin, int64_t slot_end) {
     const int64_t count = slot_end - slot_begin;
     float* gate = thread_panel_scratch().out.get<float>(2 * count * kPanelRows);
     float* up = gate + count * kPanelRows;
     const ActForm form = (e.shared ? work_.x_shared : work_.x_routed).form();
     const std::byte* const* x = work_.x_rows.data() + slot_begin;
-    run_panel_pair(kernels_, {&e.weights->w1, row, gate}, {&e.weights->w3, row, up}, form, x, count);
-    for (int64_t i = 0; i < count; ++i)
-      kernels_.swiglu(gate + i * kPanelRows, up + i * kPanelRows, work_.slots[static_cast<size_t>(slot_begin + i)].rho,
-                      args_.swiglu_limit, !exact_, !exact_ && !e.a4, kPanelRows, h_row(e, slot_begin + i) + row);
+    const PanelScope scope(kernels_, form, x, count, args_.hidden);
+    for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
+      run_panel_pair(kernels_, {&e.weights->w1, row, gate}, {&e.weights->w3, row, up}, form, x, count);
+      for (int64_t i = 0; i < count; ++i)
+        kernels_.swiglu(gate + i * kPanelRows, up + i * kPanelRows, work_.slots[static_cast<size_t>(slot_begin + i)].rho,
+                        args_.swiglu_limit, !exact_, !exact_ && !e.a4, kPanelRows, h_row(e, slot_begin + i) + row);
+    }
   }
 
   void prepare_h() {
@@ -264,6 +272,7 @@ class MoeRun {
                      sum + work_.slots[static_cast<size_t>(slot + i)].token * width + (row - row_begin));
     };
     const Weight& w = e.weights->w2;
+    const PanelScope scope(kernels_, h.form(), rows, count, w.view.cols);
     int64_t row = row_begin;
     for (; row + kPanelRows < row_end; row += 2 * kPanelRows) {
       float* out2 = out + count * kPanelRows;
