@@ -13,17 +13,18 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return d;
 }
 
-// Byte 0 or 1 of scales -> {sf * 2^118, sf * 2^118}.
-template <int kByte>
-__device__ __forceinline__ uint32_t decode_sf(uint32_t scales) {
-  return __byte_perm(scales, 0x07070707u, kByte == 0 ? 0x4040 : 0x4141) << 4;
-}
+// Factors for shifting left on the FMA pipe: logic runs at half the rate of the issue slots on Hopper and is the busiest pipe of
+// these kernels. Not const: from a constant that it knows, ptxas makes shifts again.
+static __constant__ uint32_t kShiftLeft2 = 4, kShiftLeft6 = 64;
 
-// Eight codes -> four bf16x2, each e2m1 * 2^-126, times sf.
+// Scale byte -> {sf * 2^118, sf * 2^118}.
+__device__ __forceinline__ uint32_t decode_sf(uint32_t byte) { return byte * 0x00100010u + 0x70007000u; }
+
+// Eight codes -> four bf16x2, each e2m1 * 2^-126, times sf. 7 logic, 2 integer and 4 bf16 multiplications.
 __device__ __forceinline__ void decode_word(uint32_t word, uint32_t sf, uint32_t (&out)[4]) {
   constexpr uint32_t kMask = 0x81C081C0u;
-  const uint32_t p0 = (word << 2) & kMask;
-  const uint32_t p1 = (word << 6) & kMask;
+  const uint32_t p0 = (word * kShiftLeft2) & kMask;
+  const uint32_t p1 = (word * kShiftLeft6) & kMask;
   const uint32_t p2 = __funnelshift_l(word, word, 12) & kMask;
   const uint32_t p3 = (word & 0x81808180u) | ((word >> 8) & 0x00400040u);
   out[0] = mul_bf16x2(p0, sf);
@@ -45,13 +46,25 @@ __device__ __forceinline__ void decode_half_block(uint32_t low_row, uint32_t hig
 
 // A thread's share of one m64k64 block: fragments of its four steps.
 __device__ __forceinline__ void decode_block(const uint4& codes, uint32_t scales, uint32_t (&a)[2][2][4]) {
-  const uint32_t sf_low = decode_sf<0>(scales), sf_high = decode_sf<1>(scales);
+  const uint32_t sf_low = decode_sf(scales & 0xff), sf_high = decode_sf(scales >> 8);
   decode_half_block(codes.x, codes.z, sf_low, sf_high, a[0]);
   decode_half_block(codes.y, codes.w, sf_low, sf_high, a[1]);
 }
 
+// Two binary32 -> bf16x2, to nearest even in one instruction (NaN becomes 0x7fff: the payload of codec/bf16.h is not kept).
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
 __device__ __forceinline__ void load_shared_16(uint4& v, uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+}
+__device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
 }
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
   uint16_t v;

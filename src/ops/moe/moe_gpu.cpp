@@ -32,8 +32,15 @@ void run_stream(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace&
 }
 
 void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
-  sm90::MoeRouting routing{at<sm90::MoeTile>(args, layout.tiles), at<int32_t>(args, layout.num_tiles), at<int32_t>(args, layout.row_slot),
-                           at<int32_t>(args, layout.slot_row), at<uint32_t>(args, layout.ticket), at<uint32_t>(args, layout.tile_done)};
+  sm90::MoeRouting routing{};
+  routing.tiles = at<sm90::MoeTile>(args, layout.tiles);
+  routing.num_tiles = at<int32_t>(args, layout.num_tiles);
+  routing.expert_rows = at<int32_t>(args, layout.expert_rows);
+  routing.row_slot = at<int32_t>(args, layout.row_slot);
+  routing.slot_row = at<int32_t>(args, layout.slot_row);
+  routing.ticket = at<uint32_t>(args, layout.ticket);
+  routing.tile_done = at<uint32_t>(args, layout.tile_done);
+  routing.max_tiles = static_cast<int>(sm90::moe_max_tiles(args.num_tokens * args.shape.num_topk, args.shape.num_experts));
   sm90::MoeTiledArgs t{};
   t.experts = args.experts;
   t.shape = args.shape;
@@ -50,12 +57,12 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
     t.x_global = x_global;
     t.h_global = h_global;
     t.h_wide = at<float>(args, layout.h_wide);
-    sm90::launch_moe_gather_nvfp4(args.shape, routing, args.x, at<bf16>(args, layout.x_rows), x_global, stream);
+    sm90::launch_moe_gather_nvfp4(args.shape, routing, args.topk_idx, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), x_global, stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc1, plan.ctas, stream);
     sm90::launch_moe_requantize(args.shape, routing, t.h_wide, t.h_rows, h_global, stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc2, plan.ctas, stream);
   } else {
-    sm90::launch_moe_gather(args.shape, routing, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), stream);
+    sm90::launch_moe_gather(args.shape, routing, args.topk_idx, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kBoth, plan.ctas, stream);
   }
   sm90::launch_moe_combine(args.shape, args.topk_idx, t.slot_y, args.shared_y, args.num_tokens, args.y, stream);

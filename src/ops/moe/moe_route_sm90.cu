@@ -1,6 +1,4 @@
 // Around the tiled tier: routing (sort slots by expert), gather (token rows into the operand layout), combine.
-#include <algorithm>
-
 #include "codec/nvfp4.h"
 #include "gpu/launch.h"
 #include "gpu/ptx/sync.cuh"
@@ -10,178 +8,251 @@
 namespace dsv4::sm90 {
 namespace {
 
-constexpr int kRouteWarps = 32;
-constexpr int kRouteBatches = 8;  // loads in flight per lane
-constexpr int kSlice = 128;       // rows a tile can have, rounded up: how warps walk rows without searching their tile
+constexpr int kRouteThreads = 1024;
+constexpr int kSlice = 128;  // rows a tile can have, rounded up: how warps walk rows without searching their tile
 
-// One CTA. Warp w takes a contiguous run of slots; ranks follow slot order, so the result is deterministic.
-__global__ void __launch_bounds__(32 * kRouteWarps, 1)
+// Sum over the threads before this one, and over all, of two numbers at once.
+struct Pair {
+  int rows, tiles;
+};
+__device__ Pair exclusive_sum(Pair own, Pair* warp_sums, Pair& all) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  Pair sum = own;
+  for (int d = 1; d < 32; d *= 2) {
+    const int rows = __shfl_up_sync(0xffffffffu, sum.rows, d), tiles = __shfl_up_sync(0xffffffffu, sum.tiles, d);
+    if (lane >= d) sum.rows += rows, sum.tiles += tiles;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  Pair before{}, total{};
+  for (int w = 0; w < kRouteThreads / 32; ++w) {
+    if (w == warp) before = total;
+    total.rows += warp_sums[w].rows, total.tiles += warp_sums[w].tiles;
+  }
+  __syncthreads();
+  all = total;
+  return {before.rows + sum.rows - own.rows, before.tiles + sum.tiles - own.tiles};
+}
+
+// One CTA: count the slots of each expert (the count before is a slot's rank), give experts rows and tiles, then slots their rows.
+__global__ void __launch_bounds__(kRouteThreads, 1)
     moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, MoeRouting routing) {
-  extern __shared__ int count[];  // [kRouteWarps, num_experts], then per expert: first row, first tile
-  const int num_experts = shape.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int* first_row = count + kRouteWarps * num_experts;
-  int* first_tile = first_row + num_experts;
-  int* total = first_tile + num_experts;
+  __shared__ int count[kMoeMaxExperts], first_row[kMoeMaxExperts];
+  __shared__ Pair warp_sums[kRouteThreads / 32];
+  constexpr int kBatch = 8;  // loads in flight
+  const int num_experts = shape.num_experts, self = threadIdx.x;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  for (int i = threadIdx.x; i < kRouteWarps * num_experts; i += blockDim.x) count[i] = 0;
+  if (self < num_experts) count[self] = 0;
+  __syncthreads();
+  for (int base = self; base < num_slots; base += kBatch * kRouteThreads) {
+    int expert[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = base + b * kRouteThreads;
+      const int e = i < num_slots ? topk_idx[i] : -1;
+      expert[b] = e < num_experts ? e : -1;
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = base + b * kRouteThreads;
+      if (i < num_slots) routing.slot_row[i] = expert[b] >= 0 ? atomicAdd(&count[expert[b]], 1) : -1;
+    }
+  }
   __syncthreads();
 
-  const int segment = (num_slots + 32 * kRouteWarps - 1) / (32 * kRouteWarps) * 32;
-  const int begin = warp * segment, end = min(num_slots, begin + segment);
-  int* mine = count + warp * num_experts;
-  const auto for_each_batch = [&](const auto& body) {  // body(slot, expert or -1)
-    for (int base = begin; base < end; base += 32 * kRouteBatches) {
-      int expert[kRouteBatches];
-#pragma unroll
-      for (int b = 0; b < kRouteBatches; ++b) {
-        const int i = base + b * 32 + lane;
-        const int e = i < end ? topk_idx[i] : -1;
-        expert[b] = e < num_experts ? e : -1;
-      }
-#pragma unroll
-      for (int b = 0; b < kRouteBatches; ++b) body(base + b * 32 + lane, expert[b]);
-    }
-  };
-  for_each_batch([&](int, int e) {
-    const uint32_t peers = __match_any_sync(0xffffffffu, e);
-    if (e >= 0 && __popc(peers & ((1u << lane) - 1)) == 0) mine[e] += __popc(peers);
-    __syncwarp();
-  });
-  __syncthreads();
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {  // counts -> offsets of each warp inside the expert
-    int sum = 0;
-    for (int w = 0; w < kRouteWarps; ++w) {
-      const int n = count[w * num_experts + e];
-      count[w * num_experts + e] = sum;
-      sum += n;
-    }
-    total[e] = sum;
-  }
-  __syncthreads();
-  if (warp == 0) {
-    int rows = 0, tiles = 0;
-    for (int base = 0; base < num_experts; base += 32) {
-      const int e = base + lane, n = e < num_experts ? total[e] : 0;
-      const int padded = (n + 7) / 8 * 8, cut = (n + kTileRows - 1) / kTileRows;
-      int row_sum = padded, tile_sum = cut;
-      for (int d = 1; d < 32; d *= 2) {
-        const int other_rows = __shfl_up_sync(0xffffffffu, row_sum, d), other_tiles = __shfl_up_sync(0xffffffffu, tile_sum, d);
-        if (lane >= d) row_sum += other_rows, tile_sum += other_tiles;
-      }
-      if (e < num_experts) {
-        first_row[e] = rows + row_sum - padded;
-        first_tile[e] = tiles + tile_sum - cut;
-      }
-      rows += __shfl_sync(0xffffffffu, row_sum, 31);
-      tiles += __shfl_sync(0xffffffffu, tile_sum, 31);
-    }
-    if (lane == 0) {
-      *routing.num_tiles = tiles;
-      routing.ticket[0] = 0;
-      routing.ticket[1] = 0;
+  const int rows = self < num_experts ? count[self] : 0, padded = (rows + 7) / 8 * 8, step = moe_tile_step(rows);
+  const int tiles = (rows + step - 1) / step;
+  const bool small = step <= kSmallTileRows;
+  Pair all_large, all_small;
+  const Pair large_before = exclusive_sum({padded, small ? 0 : tiles}, warp_sums, all_large);
+  const Pair small_before = exclusive_sum({0, small ? tiles : 0}, warp_sums, all_small);
+  if (self < num_experts) {
+    first_row[self] = large_before.rows;
+    reinterpret_cast<int2*>(routing.expert_rows)[self] = make_int2(large_before.rows, rows);
+    const int first_tile = small ? routing.max_tiles + small_before.tiles : large_before.tiles;
+    for (int j = 0; j < tiles; ++j) {
+      const int used = min(step, rows - j * step);
+      routing.tiles[first_tile + j] = {self, large_before.rows + j * step, used, (used + 7) / 8 * 8};
+      routing.tile_done[first_tile + j] = 0;
     }
   }
+  if (self < 4) routing.ticket[self] = 0;
+  if (self == 0) {
+    routing.num_tiles[static_cast<int>(TileList::kLarge)] = all_large.tiles;
+    routing.num_tiles[static_cast<int>(TileList::kSmall)] = all_small.tiles;
+  }
   __syncthreads();
-  for (int e = threadIdx.x; e < num_experts; e += blockDim.x)
-    for (int j = 0; j * kTileRows < total[e]; ++j) {
-      const int rows = min(kTileRows, total[e] - j * kTileRows);
-      routing.tiles[first_tile[e] + j] = {e, first_row[e] + j * kTileRows, rows, (rows + 7) / 8 * 8};
-      routing.tile_done[first_tile[e] + j] = 0;
+
+  for (int base = self; base < num_slots; base += kBatch * kRouteThreads) {
+    int expert[kBatch], rank[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = base + b * kRouteThreads;
+      rank[b] = i < num_slots ? routing.slot_row[i] : -1;
+      expert[b] = i < num_slots ? topk_idx[i] : 0;
     }
-  for_each_batch([&](int i, int e) {
-    const uint32_t peers = __match_any_sync(0xffffffffu, e);
-    const int before = __popc(peers & ((1u << lane) - 1));
-    if (e >= 0) {
-      const int row = first_row[e] + mine[e] + before;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (rank[b] < 0) continue;
+      const int i = base + b * kRouteThreads, row = first_row[expert[b]] + rank[b];
       routing.slot_row[i] = row;
       routing.row_slot[row] = i;
-    } else if (i < end) {
-      routing.slot_row[i] = -1;
-    }
-    __syncwarp();
-    if (e >= 0 && before == 0) mine[e] += __popc(peers);
-    __syncwarp();
-  });
-}
-
-// A warp per slot: x row -> its place in the token operand. Lane = (block of 64 columns mod 4, chunk).
-__global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRouting routing,
-                                                         const bf16* x, bf16* x_rows) {
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  const int lane = threadIdx.x % 32, chunk = lane % 8;
-  const int tiles = *routing.num_tiles;
-  const int blocks = shape.hidden / kMoeBlockCols;
-  // Warps walk tiles, so a row knows its tile without a search.
-  const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  for (int work = self; work < tiles * kSlice; work += warps) {
-    const MoeTile tile = routing.tiles[work / kSlice];
-    const int r = work % kSlice;
-    if (r >= tile.rows) continue;
-    const int token = routing.row_slot[tile.first_row + r] / shape.num_topk;
-    const uint32_t* source = reinterpret_cast<const uint32_t*>(x + static_cast<int64_t>(token) * shape.hidden);
-    uint4* target = reinterpret_cast<uint4*>(x_rows + static_cast<int64_t>(tile.first_row) * shape.hidden) + r * 8 + (chunk ^ (r & 7));
-#pragma unroll 4
-    for (int block = lane / 8; block < blocks; block += 4) {
-      const uint32_t* from = source + block * 32 + chunk;  // columns 16 t + 2 chunk
-      target[block * tile.padded * 8] = make_uint4(from[0], from[8], from[16], from[24]);
     }
   }
 }
 
-// A warp per row, a lane per group of 16: the row's amax, then every group quantised by the run-time rule.
-template <class Source>  // bf16: x by token; float: h by padded row
-__global__ void __launch_bounds__(256) moe_quantize_rows_kernel(MoeShape shape, int columns, MoeRouting routing, const Source* source,
-                                                                bf16* rows, float* globals) {
+// Where row `row` of the token operand begins: its first chunk is the returned offset in 16-byte units for chunk (row & 7), and
+// the next block of 64 columns is `stride` on.
+struct OperandRow {
+  int64_t offset;
+  int stride, in_tile;
+};
+__device__ __forceinline__ OperandRow operand_row(const MoeRouting& routing, int expert, int row, int columns) {
+  const int2 span = reinterpret_cast<const int2*>(routing.expert_rows)[expert];
+  const int step = moe_tile_step(span.y), tile = (row - span.x) / step, first = span.x + tile * step;
+  const int padded = (min(step, span.y - tile * step) + 7) / 8 * 8;
+  return {static_cast<int64_t>(first) * (columns / 8) + (row - first) * 8, padded * 8, row - first};
+}
+
+// A warp per token and quarter of its columns: x is read once and written to each of its slots. Lane = (block of 64 columns mod 4, chunk).
+constexpr int kGatherParts = 4;
+__global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx, const bf16* x,
+                                                         int64_t num_tokens, bf16* x_rows) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int lane = threadIdx.x % 32, tiles = *routing.num_tiles, groups = columns / 16;
-  const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  for (int work = self; work < tiles * kSlice; work += warps) {
-    const MoeTile tile = routing.tiles[work / kSlice];
-    const int r = work % kSlice;
-    if (r >= tile.rows) continue;
-    int64_t from = tile.first_row + r;
-    if constexpr (sizeof(Source) == sizeof(bf16)) from = routing.row_slot[from] / shape.num_topk;
-    const Source* row = source + from * columns;
-    const auto load_group = [&](int group, float (&v)[16]) {
-      if constexpr (sizeof(Source) == sizeof(bf16)) {
-        uint32_t w[8];
-        *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(row + group * 16);
-        *reinterpret_cast<uint4*>(w + 4) = *reinterpret_cast<const uint4*>(row + group * 16 + 8);
+  const int lane = threadIdx.x % 32, chunk = lane % 8, topk = shape.num_topk;
+  const int64_t work = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t token = work / kGatherParts;
+  if (token >= num_tokens) return;
+  const int part = static_cast<int>(work % kGatherParts), blocks = shape.hidden / kMoeBlockCols;
+  const int per_part = (blocks + kGatherParts - 1) / kGatherParts, begin = part * per_part, end = min(blocks, begin + per_part);
+  int row = -1;  // lane k keeps where slot k goes
+  OperandRow place{};
+  if (lane < topk) {
+    row = routing.slot_row[token * topk + lane];
+    if (row >= 0) place = operand_row(routing, topk_idx[token * topk + lane], row, shape.hidden);
+  }
+  const uint32_t* source = reinterpret_cast<const uint32_t*>(x + token * shape.hidden);
+  for (int base = begin; base < end; base += 16) {  // up to four loads of blocks in flight
+    uint4 v[4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[2 * i] = __uint_as_float(w[i] << 16), v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-      } else {
+    for (int j = 0; j < 4; ++j) {
+      const int block = base + 4 * j + lane / 8;
+      const uint32_t* from = source + block * 32 + chunk;  // columns 16 t + 2 chunk
+      if (block < end) v[j] = make_uint4(from[0], from[8], from[16], from[24]);
+    }
+    for (int k = 0; k < topk; ++k) {
+      const int64_t offset = __shfl_sync(0xffffffffu, place.offset, k);
+      const int stride = __shfl_sync(0xffffffffu, place.stride, k), in_tile = __shfl_sync(0xffffffffu, place.in_tile, k);
+      if (__shfl_sync(0xffffffffu, row, k) < 0) continue;
+      uint4* target = reinterpret_cast<uint4*>(x_rows) + offset + (chunk ^ (in_tile & 7));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) *reinterpret_cast<float4*>(v + 4 * i) = *reinterpret_cast<const float4*>(row + group * 16 + 4 * i);
+      for (int j = 0; j < 4; ++j) {
+        const int block = base + 4 * j + lane / 8;
+        if (block < end) target[static_cast<int64_t>(block) * stride] = v[j];
       }
-    };
-    float amax = 0.0f, v[16];
-    for (int group = lane; group < groups; group += 32) {
-      load_group(group, v);
-      const float a = group_amax(v, 16);
-      amax = a > amax ? a : amax;
     }
-    for (int d = 16; d > 0; d /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, amax, d);
-      amax = other > amax ? other : amax;
+  }
+}
+
+// One group of 16 quantised by the run-time rule, as bf16 e2m1 * sf in operand order: chunk c of the block holds columns 2 c, 2 c + 1
+// of each of its four groups.
+__device__ __forceinline__ void quantize_group(const float (&v)[16], const GlobalScale& global, float rcp6, uint32_t (&out)[8]) {
+  const Nvfp4Group q = encode_nvfp4_runtime_group(v, global, rcp6);
+  const float sf = decode_ue4m3(q.sf);
+#pragma unroll
+  for (int c = 0; c < 8; ++c) {
+    const uint32_t low = __float_as_uint(decode_e2m1(e2m1x2_even(q.codes[c])) * sf) >> 16;
+    const uint32_t high = __float_as_uint(decode_e2m1(e2m1x2_odd(q.codes[c])) * sf) & 0xffff0000u;
+    out[c] = low | high;
+  }
+}
+__device__ __forceinline__ void load_group(const bf16* from, float (&v)[16]) {
+  uint32_t w[8];
+  *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(from);
+  *reinterpret_cast<uint4*>(w + 4) = *reinterpret_cast<const uint4*>(from + 8);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[2 * i] = __uint_as_float(w[i] << 16), v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+}
+__device__ __forceinline__ void load_group(const float* from, float (&v)[16]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) *reinterpret_cast<float4*>(v + 4 * i) = *reinterpret_cast<const float4*>(from + 4 * i);
+}
+// amax over the warp of a row.
+template <class Source>
+__device__ __forceinline__ float row_amax(const Source* row, int groups, int lane) {
+  float amax = 0.0f, v[16];
+  for (int group = lane; group < groups; group += 32) {
+    load_group(row + group * 16, v);
+    const float a = group_amax(v, 16);
+    amax = a > amax ? a : amax;
+  }
+  for (int d = 16; d > 0; d /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, amax, d);
+    amax = other > amax ? other : amax;
+  }
+  return amax;
+}
+
+// A warp per token, a lane per group of 16: quantised once, written to each of its slots.
+__global__ void __launch_bounds__(256) moe_gather_nvfp4_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx, const bf16* x,
+                                                               int64_t num_tokens, bf16* x_rows, float* x_global) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int lane = threadIdx.x % 32, topk = shape.num_topk, groups = shape.hidden / 16;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (token >= num_tokens) return;
+  const bf16* source = x + token * shape.hidden;
+  const GlobalScale global = nvfp4_global_scale(row_amax(source, groups, lane));
+  const float rcp6 = nvfp4_rcp6(global);
+  for (int base = 0; base < groups; base += 32) {
+    const int group = base + lane;
+    float v[16];
+    uint32_t out[8];
+    if (group < groups) {
+      load_group(source + group * 16, v);
+      quantize_group(v, global, rcp6, out);
     }
-    const GlobalScale global = nvfp4_global_scale(amax);
+    for (int k = 0; k < topk; ++k) {
+      const int row = routing.slot_row[token * topk + k];
+      if (row < 0) continue;
+      const OperandRow place = operand_row(routing, topk_idx[token * topk + k], row, shape.hidden);
+      if (base == 0 && lane == 0) x_global[row] = global.value;
+      if (group >= groups) continue;
+      uint32_t* target = reinterpret_cast<uint32_t*>(reinterpret_cast<uint4*>(x_rows) + place.offset +
+                                                     static_cast<int64_t>(group / 4) * place.stride) + group % 4;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) target[(c ^ (place.in_tile & 7)) * 4] = out[c];
+    }
+  }
+}
+
+// A warp per row of h, a lane per group of 16: the row's amax, then every group quantised by the run-time rule.
+__global__ void __launch_bounds__(256) moe_requantize_kernel(MoeShape shape, MoeRouting routing, const float* h_wide, bf16* rows,
+                                                             float* globals) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int lane = threadIdx.x % 32, columns = shape.inter, groups = columns / 16;
+  const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int large = routing.num_tiles[0], tiles = large + routing.num_tiles[1];
+  for (int work = self; work < tiles * kSlice; work += warps) {
+    const int index = work / kSlice, r = work % kSlice;
+    const MoeTile tile = routing.tiles[index < large ? index : routing.max_tiles + index - large];
+    if (r >= tile.rows) continue;
+    const float* row = h_wide + static_cast<int64_t>(tile.first_row + r) * columns;
+    const GlobalScale global = nvfp4_global_scale(row_amax(row, groups, lane));
     const float rcp6 = nvfp4_rcp6(global);
     if (lane == 0) globals[tile.first_row + r] = global.value;
     uint8_t* target = reinterpret_cast<uint8_t*>(rows) + static_cast<int64_t>(tile.first_row) * columns * 2 + r * 128;
     for (int group = lane; group < groups; group += 32) {
-      load_group(group, v);
-      const Nvfp4Group q = encode_nvfp4_runtime_group(v, global, rcp6);
-      const float sf = decode_ue4m3(q.sf);
+      float v[16];
+      uint32_t out[8];
+      load_group(row + group * 16, v);
+      quantize_group(v, global, rcp6, out);
       uint8_t* block = target + static_cast<int64_t>(group / 4) * tile.padded * 128 + (group % 4) * 4;
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {  // chunk c holds columns 2 c, 2 c + 1 of each of the block's four groups
-        const uint32_t low = __float_as_uint(decode_e2m1(e2m1x2_even(q.codes[c])) * sf) >> 16;
-        const uint32_t high = __float_as_uint(decode_e2m1(e2m1x2_odd(q.codes[c])) * sf) & 0xffff0000u;
-        *reinterpret_cast<uint32_t*>(block + ((c ^ (r & 7)) << 4)) = low | high;
-      }
+      for (int c = 0; c < 8; ++c) *reinterpret_cast<uint32_t*>(block + ((c ^ (r & 7)) << 4)) = out[c];
     }
   }
 }
@@ -234,33 +305,30 @@ void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t nu
                       cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = 1;
-  config.block = 32 * kRouteWarps;
-  config.smem_bytes = (kRouteWarps + 3) * shape.num_experts * static_cast<int>(sizeof(int));
+  config.block = kRouteThreads;
   config.stream = stream;
   config.dependent = true;
-  gpu::allow_smem(moe_route_kernel, config.smem_bytes);
   gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, routing);
 }
 
-void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,
-                       cudaStream_t stream) {
-  const int64_t slots = num_tokens * shape.num_topk;
+void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x, int64_t num_tokens,
+                       bf16* x_rows, cudaStream_t stream) {
   gpu::LaunchConfig config;
-  config.grid = static_cast<unsigned>(std::min<int64_t>((slots + 7) / 8, 132 * 8));
+  config.grid = static_cast<unsigned>((num_tokens * kGatherParts + 7) / 8);
   config.block = 256;
   config.stream = stream;
   config.dependent = true;
-  gpu::launch(moe_gather_kernel, config, shape, routing, x, x_rows);
+  gpu::launch(moe_gather_kernel, config, shape, routing, topk_idx, x, num_tokens, x_rows);
 }
 
-void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, const bf16* x, bf16* x_rows, float* x_global,
-                             cudaStream_t stream) {
+void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x,
+                             int64_t num_tokens, bf16* x_rows, float* x_global, cudaStream_t stream) {
   gpu::LaunchConfig config;
-  config.grid = 132 * 8;
+  config.grid = static_cast<unsigned>((num_tokens + 7) / 8);
   config.block = 256;
   config.stream = stream;
   config.dependent = true;
-  gpu::launch(moe_quantize_rows_kernel<bf16>, config, shape, shape.hidden, routing, x, x_rows, x_global);
+  gpu::launch(moe_gather_nvfp4_kernel, config, shape, routing, topk_idx, x, num_tokens, x_rows, x_global);
 }
 
 void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
@@ -270,7 +338,7 @@ void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, con
   config.block = 256;
   config.stream = stream;
   config.dependent = true;
-  gpu::launch(moe_quantize_rows_kernel<float>, config, shape, shape.inter, routing, h_wide, h_rows, h_global);
+  gpu::launch(moe_requantize_kernel, config, shape, routing, h_wide, h_rows, h_global);
 }
 
 void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,

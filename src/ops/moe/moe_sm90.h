@@ -48,13 +48,15 @@ struct MoeStreamArgs {
 // max_rows: 8 or 16 token rows per task. ctas: at most what is co-resident.
 void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaStream_t stream);
 
-// ---- tiled tier: route, gather, GEMMs, combine as four launches, any number of rows per expert ----
+// ---- tiled tier: route, gather, GEMMs, combine, any number of rows per expert ----
 //
-// Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of at most kTileRows. A token operand
-// (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row after row of 128
-// bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk copy each.
+// Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of about equal size, at most kTileRows.
+// Tiles of few rows, bound by memory, and of many, bound by the tensor cores, are two lists, each with a launch of its own.
+// A token operand (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row
+// after row of 128 bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk
+// copy each.
 
-constexpr int kTileRows = 120;
+constexpr int kTileRows = 120, kSmallTileRows = 48;
 
 struct MoeTile {
   int expert;
@@ -63,14 +65,24 @@ struct MoeTile {
   int padded;     // multiple of 8
 };
 
+// Rows of every tile of an expert with `rows` rows but the last, which has the rest.
+constexpr int moe_tile_step(int rows) {
+  const int tiles = (rows + kTileRows - 1) / kTileRows;
+  return tiles == 0 ? 8 : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
+}
+
+enum class TileList : int { kLarge, kSmall };
+
 // Result of routing, in the workspace. Sizes for `slots` = num_tokens * num_topk.
 struct MoeRouting {
-  MoeTile* tiles;         // [moe_max_tiles]
-  int32_t* num_tiles;     // [1]
+  MoeTile* tiles;         // [2, max_tiles]    by TileList
+  int32_t* num_tiles;     // [2]
+  int32_t* expert_rows;   // [num_experts, 2]  first padded row, rows in use
   int32_t* row_slot;      // [moe_max_rows]    slot of a padded row; rows without one are not written
   int32_t* slot_row;      // [slots]           padded row of a slot, -1 if unused
-  uint32_t* ticket;       // [2]               zeroed by routing
-  uint32_t* tile_done;    // [moe_max_tiles]   zeroed by routing
+  uint32_t* ticket;       // [2, 2]            by TileList and fc1 (or both) / fc2; zeroed by routing
+  uint32_t* tile_done;    // [2, max_tiles]    zeroed by routing
+  int max_tiles;          // moe_max_tiles
 };
 constexpr int64_t moe_max_rows(int64_t slots, int num_experts) {
   return slots + 7 * (slots < num_experts ? slots : num_experts);
@@ -94,15 +106,17 @@ struct MoeTiledArgs {
 };
 enum class TiledPhase : int { kBoth, kFc1, kFc2 };
 
-void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens,
-                      const MoeRouting& routing, cudaStream_t stream);
-void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const bf16* x, int64_t num_tokens, bf16* x_rows,
-                       cudaStream_t stream);
+// Rows of an expert stand in no particular order: the bits of a row do not depend on its place or its tile.
+void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, const MoeRouting& routing,
+                      cudaStream_t stream);
+void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x, int64_t num_tokens,
+                       bf16* x_rows, cudaStream_t stream);
 // a4: rows of x quantised by the run-time rule (codec/nvfp4.h), one global per row; stored as e2m1 * sf, exact in BF16.
-void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, const bf16* x, bf16* x_rows, float* x_global,
-                             cudaStream_t stream);
+void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x,
+                             int64_t num_tokens, bf16* x_rows, float* x_global, cudaStream_t stream);
 void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
                            cudaStream_t stream);
+// Both lists, large tiles first.
 void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream);
 void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,
                         bf16* y, cudaStream_t stream);

@@ -1,4 +1,4 @@
-// Instance and launcher of the tiled tier.
+// Instances and launcher of the tiled tier.
 #include "gpu/launch.h"
 #include "ops/moe/moe_tiled_sm90.cuh"
 
@@ -20,7 +20,8 @@ void launch_traits(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStr
 }  // namespace
 
 void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream) {
-  launch_traits<TiledTraits>(args, phase, ctas, stream);
+  launch_traits<TiledTraits<TileList::kLarge>>(args, phase, ctas, stream);
+  launch_traits<TiledTraits<TileList::kSmall>>(args, phase, ctas, stream);
 }
 
 }  // namespace dsv4::sm90

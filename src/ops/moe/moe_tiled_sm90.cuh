@@ -13,7 +13,7 @@
 #include "gpu/sm90/wgmma_rs.cuh"
 #include "ops/moe/moe_decode_sm90.cuh"
 #include "ops/moe/moe_sm90.h"
-#include "ops/moe/swiglu.h"
+#include "ops/quantize/swiglu_device.cuh"
 
 namespace dsv4::sm90 {
 
@@ -23,7 +23,11 @@ struct TiledTask {
   int expert, first_row, rows, padded;
 };
 
+template <TileList kList_>
 struct TiledTraits {
+  static constexpr TileList kList = kList_;
+  static constexpr bool kLarge = kList == TileList::kLarge;
+  static constexpr int kMaxRows = kLarge ? kTileRows : kSmallTileRows;
   static constexpr int kMathWarpgroups = 4;
   static constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
   static constexpr int kStrips = kMathWarpgroups;  // one strip each: 256 weight rows a task
@@ -32,7 +36,7 @@ struct TiledTraits {
   static constexpr int kStageBlocks = 2;                             // K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
-  static constexpr int kRowBytes = kTileRows * 128 * kStageBlocks;
+  static constexpr int kRowBytes = kMaxRows * 128 * kStageBlocks;
   static constexpr int kStages = (227 * 1024 - 4096) / (kWeightBytes + kRowBytes) > 8 ? 8 : (227 * 1024 - 4096) / (kWeightBytes + kRowBytes);
   static constexpr int kTaskRing = 3;
 
@@ -41,14 +45,17 @@ struct TiledTraits {
     alignas(128) uint8_t weights[kStages][kWeightBytes];
     uint64_t full[kStages], empty[kStages];
     TiledTask task[kTaskRing];
-    int32_t slot[kTaskRing][kTileRows];  // of the task's rows, and their routing weights
-    float rho[kTaskRing][kTileRows];
+    int32_t slot[kTaskRing][kMaxRows];  // of the task's rows, and their routing weights
+    float rho[kTaskRing][kMaxRows];
     float alpha[kTaskRing][3];
     uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
   };
-  static constexpr int kSmemBytes = sizeof(Shared) + 1024;  // the runtime aligns to 16 only
+  static constexpr int kSmemBytes = sizeof(Shared);
   static_assert(kSmemBytes <= 227 * 1024);
 };
+
+// What an odd last block is paired with.
+static __device__ const uint8_t kZeroBlock[kMoeBlockBytes] = {};
 
 template <int kStages>
 struct TiledRing {
@@ -65,9 +72,8 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
   return d;
 }
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  return encode_bf16(low).bits | static_cast<uint32_t>(encode_bf16(high).bits) << 16;
-}
+// A value every lane has: into a uniform register, where wgmma wants its descriptors (a third of the ALU work was theirs).
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
 
 struct TiledWork {  // what all roles derive from a task
   int blocks, strips, first_strip, num_strips;
@@ -83,6 +89,12 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
                  (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
   return work;
+}
+
+// Strips of fc1 that are finished for the task's tile.
+template <class T>
+__device__ __forceinline__ uint32_t& tiled_done(const MoeTiledArgs& args, const TiledTask& task) {
+  return args.routing.tile_done[static_cast<int>(T::kList) * args.routing.max_tiles + task.tile];
 }
 
 // This loader's stages of one task: every kLoaders-th. One thread alone takes about 350 ns a stage, too long.
@@ -101,7 +113,7 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typ
         ptx::bulk_load(target, source, T::kStripStageBytes, &shared.full[at.stage], ptx::L2Hint::kEvictFirst);
       } else {
         ptx::bulk_load(target, source, kMoeBlockBytes, &shared.full[at.stage]);
-        ptx::bulk_load(target + kMoeBlockBytes, source, kMoeBlockBytes, &shared.full[at.stage]);
+        ptx::bulk_load(target + kMoeBlockBytes, kZeroBlock, kMoeBlockBytes, &shared.full[at.stage]);
       }
       target += T::kStripStageBytes;
       source += work.blocks * kMoeBlockBytes;
@@ -114,9 +126,11 @@ template <class T>
 __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
   const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
   const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
-  const int tiles = *args.routing.num_tiles;
+  constexpr int kList = static_cast<int>(T::kList);
+  const MoeTile* list = args.routing.tiles + kList * args.routing.max_tiles;
+  const int tiles = args.routing.num_tiles[kList];
   const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1, tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
-  uint32_t* ticket = &args.routing.ticket[phase == TiledPhase::kFc2 ? 1 : 0];
+  uint32_t* ticket = &args.routing.ticket[kList * 2 + (phase == TiledPhase::kFc2 ? 1 : 0)];
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
@@ -129,7 +143,7 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
       const int w = task.is_fc2 ? v - tasks1 : v, blocks = task.is_fc2 ? blocks2 : blocks1;
       task.tile = w / blocks;
       task.block = w - task.tile * blocks;
-      const MoeTile tile = args.routing.tiles[task.tile];
+      const MoeTile tile = list[task.tile];
       task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
     }
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
@@ -174,7 +188,7 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
     const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
     const uint8_t* source = reinterpret_cast<const uint8_t*>(operand) + static_cast<int64_t>(task.first_row) * work.blocks * 128;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
-      spin_until([&] { return load_acquire(&args.routing.tile_done[task.tile]) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
+      spin_until([&] { return load_acquire(&tiled_done<T>(args, task)) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
       fence_proxy_async_all();
     }
     const uint32_t bytes = task.padded * 128;  // of one block
@@ -192,10 +206,10 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
     }
     __syncwarp();
     if (self == 0) {
-      for (int row = lane; row < task.rows; row += 32) {
-        const int slot = args.routing.row_slot[task.first_row + row];
+      for (int row = lane; row < task.padded; row += 32) {
+        const int slot = row < task.rows ? args.routing.row_slot[task.first_row + row] : -1;
         shared.slot[task_at.stage][row] = slot;
-        shared.rho[task_at.stage][row] = args.topk_weights[slot];
+        shared.rho[task_at.stage][row] = slot >= 0 ? args.topk_weights[slot] : 0.0f;  // padding: rows of whatever memory held
       }
       if (lane < 3) shared.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
       ptx::mbarrier_arrive(&shared.meta_full[task_at.stage]);
@@ -205,7 +219,7 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
   }
 }
 
-// fc1: two gate/up values per token pair -> h in operand order.
+// fc1: two gate/up values per token pair -> h in operand order, or (a4) binary32.
 template <int kN>
 __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, const float* rho, const float* alpha,
                                                  int strip, const float (&sum)[kN / 2], int warp, int lane) {
@@ -222,16 +236,15 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = tile * 8 + 2 * t + i;
-      const int used_row = min(row, task.rows - 1), padded_row = task.first_row + used_row;
       float gate_alpha = alpha_gate, up_alpha = alpha_up;
       if (args.x_global) {
-        const float global = args.x_global[padded_row];
+        const float global = args.x_global[task.first_row + min(row, task.rows - 1)];
         gate_alpha = alpha_gate * global, up_alpha = alpha_up * global;
       }
-      h[i] = swiglu(round_bf16(sum[tile * 4 + i] * gate_alpha), round_bf16(sum[tile * 4 + 2 + i] * up_alpha), rho[used_row],
-                    args.swiglu_limit);
+      const uint32_t rounded = pack_bf16(sum[tile * 4 + i] * gate_alpha, sum[tile * 4 + 2 + i] * up_alpha);
+      h[i] = swiglu_device_unlimited(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u), rho[row], args.swiglu_limit);
       if (args.h_wide && row < task.rows)
-        args.h_wide[static_cast<int64_t>(padded_row) * args.shape.inter + moe_fc1_row(strip, warp, g)] = h[i];
+        args.h_wide[static_cast<int64_t>(task.first_row + row) * args.shape.inter + moe_fc1_row(strip, warp, g)] = h[i];
     }
     if (!args.h_wide) *reinterpret_cast<uint32_t*>(target + tile * 1024) = transpose_8x8(pack_bf16(h[0], h[1]));
   }
@@ -260,39 +273,76 @@ __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const
   }
 }
 
+struct TiledCodes {  // a thread's share of a 64x64 block
+  uint4 words;
+  uint32_t sf_low, sf_high;
+};
+
 template <class T, int kN>
 __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
                                            uint32_t phase, TiledRing<T::kStages>& at) {
-  int tid;  // volatile: keeps addresses of 16 instances from being hoisted, which costs registers and serialises wgmma
+  int tid;  // volatile: keeps addresses of all instances from being hoisted, which costs registers and serialises wgmma
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
   const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
   float sum[kN / 2];
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
   uint32_t a[2][2][4];
-  const uint32_t second = task.padded * 128;  // offset of the stage's second block of token rows
-#pragma unroll 1
-  for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
+  const uint32_t weights = ptx::smem_address(shared.weights) + group * T::kStripStageBytes;
+  const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
+  const uint32_t second = uniform(task.padded * (128 / 16));  // from the stage's first block of token rows to its second, in descriptor units
+  const uint32_t rows = ptx::smem_address(shared.rows);
+  TiledCodes codes[2];  // of the stage's two blocks; the next stage's first is fetched while the last one's products run
+  int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
+  const auto fetch = [&](int k) {
+    const uint32_t block = at.stage * T::kWeightBytes + k * kMoeBlockBytes;
+    load_shared_16(codes[k].words, codes_at + block);
+    codes[k].sf_low = load_shared_u8(scales_at + block);
+    codes[k].sf_high = load_shared_u8(scales_at + block + 1);
+  };
+  const auto wait_stage = [&] {
     spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
-    const uint32_t weights = ptx::smem_address(shared.weights[at.stage]) + group * T::kStripStageBytes;
-    const uint32_t rows = ptx::smem_address(shared.rows[at.stage]);
+  };
+  constexpr bool kEarly = kN <= kSmallTileRows;  // wider instances have no registers to spare
+  if (kEarly) {
+    wait_stage();
+    fetch(0);
+  }
+#pragma unroll 1
+  for (; left > 0; left -= T::kStageBlocks) {
+    const uint32_t first = uniform(wgmma_descriptor_low(rows + at.stage * T::kRowBytes));
+    uint64_t* empty = &shared.empty[at.stage];
+    if (!kEarly) {
+      wait_stage();
+      fetch(0);
+    }
+    if (kEarly) fetch(1);
 #pragma unroll
     for (int k = 0; k < T::kStageBlocks; ++k) {
-      uint4 codes;
-      load_shared_16(codes, weights + k * kMoeBlockBytes + thread * 16);
-      const uint32_t scales = load_shared_u16(weights + k * kMoeBlockBytes + kMoeBlockCodeBytes + thread * 2);
-      const uint32_t sf_low = k < left ? decode_sf<0>(scales) : 0, sf_high = k < left ? decode_sf<1>(scales) : 0;  // odd tail stands twice
-      decode_half_block(codes.x, codes.z, sf_low, sf_high, a[0]);
-      decode_half_block(codes.y, codes.w, sf_low, sf_high, a[1]);
-      wgmma_fence();
+      const uint32_t sf_low = decode_sf(codes[k].sf_low), sf_high = decode_sf(codes[k].sf_high);
+      const uint4 words = codes[k].words;
+      const uint32_t tokens = first + (k ? second : 0);
 #pragma unroll
-      for (int step = 0; step < 4; ++step)
-        Wgmma<kN>::mma(sum, a[step / 2][step % 2], wgmma_descriptor(rows + (k ? second : 0) + step * 32));
-      wgmma_commit();
+      for (int half = 0; half < 2; ++half) {
+        decode_half_block(half ? words.y : words.x, half ? words.w : words.z, sf_low, sf_high, a[half]);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+          Wgmma<kN>::mma(sum, a[half][step], wgmma_descriptor_of(tokens + (half * 2 + step) * 2));
+        wgmma_commit();
+      }
+      if (k + 1 < T::kStageBlocks) {
+        if (!kEarly) fetch(k + 1);
+      } else {
+        at.advance();
+        if (kEarly && left > T::kStageBlocks) {
+          wait_stage();
+          fetch(0);
+        }
+      }
       wgmma_wait<0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
     }
-    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[at.stage]);
-    at.advance();
+    if (lane == 0) ptx::mbarrier_arrive(empty);
   }
   const TiledWork work = tiled_work<T>(args, task);
   spin_until([&] { return mbarrier_try_wait_long(&shared.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
@@ -303,7 +353,7 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
       tiled_finish_fc1<kN>(args, task, shared.rho[slot], shared.alpha[slot], work.first_strip + group, sum, warp, lane);
       fence_proxy_async_all();  // h: ordinary stores here, copy engine there
       ptx::named_barrier_sync(1 + group, 128);
-      if (thread == 0) add_release(&args.routing.tile_done[task.tile], 1);
+      if (thread == 0) add_release(&tiled_done<T>(args, task), 1);
     }
   }
 }
@@ -330,9 +380,10 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T:
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
     const TiledTask& task = shared.task[task_at.stage];  // stays in shared memory: registers are for sums
     if (task.tile < 0) return;
-    // Three widths and not sixteen: with more instances in one kernel ptxas serialises every wgmma (C7512, misreported as a
-    // shortage of registers).
-    tiled_dispatch<T, 8, 16, 24, 32, 48, 64, 80, 96, 104, 112, kTileRows>(args, shared, task, task_at.stage, task_at.phase, at);
+    if constexpr (T::kLarge)
+      tiled_dispatch<T, 56, 64, 72, 80, 88, 96, 104, 112, 120>(args, shared, task, task_at.stage, task_at.phase, at);
+    else
+      tiled_dispatch<T, 8, 16, 24, 32, 40, 48>(args, shared, task, task_at.stage, task_at.phase, at);
     ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
   }
@@ -341,8 +392,11 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T:
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
-  extern __shared__ uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename T::Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
+  // No arithmetic on the base: the compiler would lose sight of its address space and use generic loads. There is no static
+  // shared memory, so it stands at 1 KiB (what the system reserves); wgmma needs the alignment.
+  extern __shared__ __align__(1024) uint8_t raw[];
+  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
+  if (ptx::smem_address(raw) % 1024 != 0) __trap();
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
       ptx::mbarrier_init(&shared.full[i], 2);                       // weights and rows
@@ -356,7 +410,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  ptx::griddepcontrol_wait();
+  // The launch for small tiles starts on SMs that the one for large tiles has left: its inputs were complete before that one let
+  // it start. It ends after it, because the next kernel waits for this one only.
+  if (T::kLarge) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x >= 128 * T::kMathWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kLoaderRegisters));
@@ -367,6 +423,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       tiled_schedule<T>(args, shared, phase);
     else if (threadIdx.x % 32 == 0)
       tiled_load_weights<T>(args, shared, loader);
+    if (!T::kLarge) ptx::griddepcontrol_wait();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
     tiled_math<T>(args, shared);

@@ -14,7 +14,7 @@ struct MoeWorkspace {
   int64_t fc1_done = 0, fc2_done = 0, exited = 0, counter_bytes = 0;
   // scratch
   int64_t h = 0, slot_y = 0;                                            // both tiers
-  int64_t tiles = 0, num_tiles = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0, x_rows = 0;  // tiled
+  int64_t tiles = 0, num_tiles = 0, expert_rows = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0, x_rows = 0;  // tiled
   int64_t h_wide = 0, x_global = 0, h_global = 0;                       // tiled, a4
   int64_t shared_h = 0, shared_y = 0;                                   // shared expert
   int64_t bytes = 0;
@@ -39,12 +39,13 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
   } else {
     const int64_t rows = sm90::moe_max_rows(slots, in.num_experts), tiles = sm90::moe_max_tiles(slots, in.num_experts);
     w.h = take(rows * in.inter * 2);
-    w.tiles = take(tiles * static_cast<int64_t>(sizeof(sm90::MoeTile)));
-    w.num_tiles = take(4);
+    w.tiles = take(2 * tiles * static_cast<int64_t>(sizeof(sm90::MoeTile)));
+    w.num_tiles = take(8);
+    w.expert_rows = take(in.num_experts * int64_t{8});
     w.row_slot = take(rows * 4);
     w.slot_row = take(slots * 4);
-    w.ticket = take(8);
-    w.tile_done = take(tiles * 4);
+    w.ticket = take(16);
+    w.tile_done = take(2 * tiles * 4);
     w.x_rows = take(rows * in.hidden * 2);
     if (in.act == ActFormat::kNvfp4) {
       w.h_wide = take(rows * in.inter * 4);
