@@ -73,7 +73,10 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
   return d;
 }
 // A value every lane has: into a uniform register, where wgmma wants its descriptors (a third of the ALU work was theirs).
-__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+template <class V>
+__device__ __forceinline__ V uniform(V v) {
+  return __shfl_sync(0xffffffffu, v, 0);
+}
 
 struct TiledWork {  // what all roles derive from a task
   int blocks, strips, first_strip, num_strips;
@@ -97,33 +100,43 @@ __device__ __forceinline__ uint32_t& tiled_done(const MoeTiledArgs& args, const 
   return args.routing.tile_done[static_cast<int>(T::kList) * args.routing.max_tiles + task.tile];
 }
 
-// This loader's stages of one task: every kLoaders-th. One thread alone takes about 350 ns a stage, too long.
+// The copying warps run with all lanes and keep what they compute uniform: the copy instruction takes its operands from uniform
+// registers, and is wrapped in a loop over the lanes where the compiler cannot tell (217 instructions a stage, a tenth of all).
+
+// This loader's stages of one task: every kLoaders-th. One warp alone takes about 350 ns a stage, too long.
 template <class T>
 __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
                                                    TiledRing<T::kStages>& at, int& turn, int self) {
   const TiledWork work = tiled_work<T>(args, task);
-  for (int block = 0; block < work.blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
+  const uint64_t source = uniform(reinterpret_cast<uint64_t>(work.weights));
+  const int blocks = uniform(work.blocks), strips = uniform(work.num_strips), pitch = blocks * kMoeBlockBytes;
+  for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
     if (turn != self) continue;
     spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
-    ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], T::kStripStageBytes * work.num_strips);
-    const uint8_t* source = work.weights + static_cast<int64_t>(block) * kMoeBlockBytes;
-    uint8_t* target = shared.weights[at.stage];
-    for (int strip = 0; strip < work.num_strips; ++strip) {
-      if (block + 1 < work.blocks) {
-        ptx::bulk_load(target, source, T::kStripStageBytes, &shared.full[at.stage], ptx::L2Hint::kEvictFirst);
-      } else {
-        ptx::bulk_load(target, source, kMoeBlockBytes, &shared.full[at.stage]);
-        ptx::bulk_load(target + kMoeBlockBytes, kZeroBlock, kMoeBlockBytes, &shared.full[at.stage]);
+    if (ptx::elect_one()) {
+      uint64_t* full = &shared.full[at.stage];
+      ptx::mbarrier_arrive_expect_tx(full, T::kStripStageBytes * strips);
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * kMoeBlockBytes;
+      uint8_t* to = shared.weights[at.stage];
+#pragma unroll
+      for (int strip = 0; strip < T::kStrips; ++strip) {
+        if (strip >= strips) break;
+        if (block + 1 < blocks) {
+          ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, T::kStripStageBytes, full, ptx::L2Hint::kEvictFirst);
+        } else {
+          ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, kMoeBlockBytes, full);
+          ptx::bulk_load(to + strip * T::kStripStageBytes + kMoeBlockBytes, kZeroBlock, kMoeBlockBytes, full);
+        }
       }
-      target += T::kStripStageBytes;
-      source += work.blocks * kMoeBlockBytes;
     }
+    __syncwarp();
   }
 }
 
 // Draws tickets, tells the other roles, and copies weights as loader 0.
 template <class T>
 __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
+  const int lane = threadIdx.x % 32;
   const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
   const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
   constexpr int kList = static_cast<int>(T::kList);
@@ -134,8 +147,9 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
-  int v = static_cast<int>(atomicAdd(ticket, 1u));
+  uint32_t drawn = lane == 0 ? atomicAdd(ticket, 1u) : 0;
   while (true) {
+    const int v = static_cast<int>(uniform(drawn));
     TiledTask task{};
     task.tile = -1;
     if (v < tasks) {
@@ -147,11 +161,14 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
       task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
     }
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
-    shared.task[task_at.stage] = task;
-    ptx::mbarrier_arrive(&shared.task_full[task_at.stage]);
+    if (lane == 0) {
+      shared.task[task_at.stage] = task;
+      ptx::mbarrier_arrive(&shared.task_full[task_at.stage]);
+    }
+    __syncwarp();
     task_at.advance();
     if (task.tile < 0) return;
-    v = static_cast<int>(atomicAdd(ticket, 1u));  // early: its latency hides behind this task
+    if (lane == 0) drawn = atomicAdd(ticket, 1u);  // early: its latency hides behind this task
     tiled_copy_weights<T>(args, shared, task, at, turn, 0);
   }
 }
@@ -159,20 +176,22 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
 // The other weight loaders follow the tasks.
 template <class T>
 __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typename T::Shared& shared, int self) {
+  const int lane = threadIdx.x % 32;
   TiledRing<T::kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
   while (true) {
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 2, 0);
     const TiledTask task = shared.task[task_at.stage];
-    ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
     if (task.tile < 0) return;
     tiled_copy_weights<T>(args, shared, task, at, turn, self);
   }
 }
 
-// A whole warp. Loader 0 also brings what the epilogue wants to know of the task's rows.
+// Loader 0 also brings what the epilogue wants to know of the task's rows.
 template <class T>
 __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase, int self) {
   const int lane = threadIdx.x % 32;
@@ -184,27 +203,30 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 0, 0);
     const TiledTask task = shared.task[task_at.stage];
     if (task.tile < 0) return;
-    const TiledWork work = tiled_work<T>(args, task);
-    const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
-    const uint8_t* source = reinterpret_cast<const uint8_t*>(operand) + static_cast<int64_t>(task.first_row) * work.blocks * 128;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
       spin_until([&] { return load_acquire(&tiled_done<T>(args, task)) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
       fence_proxy_async_all();
     }
-    const uint32_t bytes = task.padded * 128;  // of one block
-    for (int block = 0; block < work.blocks;
-         block += T::kStageBlocks, source += 2 * bytes, at.advance(), turn = (turn + 1) % T::kLoaders) {
-      if (turn != self || lane != 0) continue;
+    const int blocks = uniform(tiled_work<T>(args, task).blocks);
+    const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
+    const uint64_t source = uniform(reinterpret_cast<uint64_t>(operand) + static_cast<uint64_t>(task.first_row) * blocks * 128);
+    const uint32_t bytes = uniform(task.padded * 128);  // of one block
+    for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
+      if (turn != self) continue;
       spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
-      ptx::mbarrier_arrive_expect_tx(&shared.full[at.stage], 2 * bytes);
-      if (block + 1 < work.blocks) {
-        ptx::bulk_load(shared.rows[at.stage], source, 2 * bytes, &shared.full[at.stage]);
-      } else {
-        ptx::bulk_load(shared.rows[at.stage], source, bytes, &shared.full[at.stage]);
-        ptx::bulk_load(shared.rows[at.stage] + bytes, source, bytes, &shared.full[at.stage]);
+      if (ptx::elect_one()) {
+        uint64_t* full = &shared.full[at.stage];
+        ptx::mbarrier_arrive_expect_tx(full, 2 * bytes);
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * bytes;
+        if (block + 1 < blocks) {
+          ptx::bulk_load(shared.rows[at.stage], from, 2 * bytes, full);
+        } else {
+          ptx::bulk_load(shared.rows[at.stage], from, bytes, full);
+          ptx::bulk_load(shared.rows[at.stage] + bytes, from, bytes, full);
+        }
       }
+      __syncwarp();
     }
-    __syncwarp();
     if (self == 0) {
       for (int row = lane; row < task.padded; row += 32) {
         const int slot = row < task.rows ? args.routing.row_slot[task.first_row + row] : -1;
@@ -214,6 +236,7 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
       if (lane < 3) shared.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
       ptx::mbarrier_arrive(&shared.meta_full[task_at.stage]);
     }
+    __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
   }
@@ -419,9 +442,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     const int loader = threadIdx.x / 32 - 4 * T::kMathWarpgroups;
     if (loader >= T::kLoaders)
       tiled_load_rows<T>(args, shared, phase, loader - T::kLoaders);
-    else if (threadIdx.x % 32 == 0 && loader == 0)
+    else if (loader == 0)
       tiled_schedule<T>(args, shared, phase);
-    else if (threadIdx.x % 32 == 0)
+    else
       tiled_load_weights<T>(args, shared, loader);
     if (!T::kLarge) ptx::griddepcontrol_wait();
   } else {
