@@ -11,34 +11,37 @@ namespace {
 constexpr int kRouteThreads = 1024;
 constexpr int kSlice = 128;  // rows a tile can have, rounded up: how warps walk rows without searching their tile
 
-// Sum over the threads before this one, and over all, of two numbers at once.
-struct Pair {
-  int rows, tiles;
+// Sums over the threads before this one, and over all: rows, and tiles of each list.
+struct RouteSums {
+  int v[1 + kTileLists];
 };
-__device__ Pair exclusive_sum(Pair own, Pair* warp_sums, Pair& all) {
+__device__ RouteSums exclusive_sum(const RouteSums& own, RouteSums* warp_sums, RouteSums& all) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Pair sum = own;
-  for (int d = 1; d < 32; d *= 2) {
-    const int rows = __shfl_up_sync(0xffffffffu, sum.rows, d), tiles = __shfl_up_sync(0xffffffffu, sum.tiles, d);
-    if (lane >= d) sum.rows += rows, sum.tiles += tiles;
-  }
+  RouteSums sum = own, before{};
+  all = {};
+#pragma unroll
+  for (int i = 0; i < 1 + kTileLists; ++i)
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, sum.v[i], d);
+      if (lane >= d) sum.v[i] += other;
+    }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  Pair before{}, total{};
   for (int w = 0; w < kRouteThreads / 32; ++w) {
-    if (w == warp) before = total;
-    total.rows += warp_sums[w].rows, total.tiles += warp_sums[w].tiles;
+    if (w == warp) before = all;
+#pragma unroll
+    for (int i = 0; i < 1 + kTileLists; ++i) all.v[i] += warp_sums[w].v[i];
   }
-  __syncthreads();
-  all = total;
-  return {before.rows + sum.rows - own.rows, before.tiles + sum.tiles - own.tiles};
+#pragma unroll
+  for (int i = 0; i < 1 + kTileLists; ++i) before.v[i] += sum.v[i] - own.v[i];
+  return before;
 }
 
 // One CTA: count the slots of each expert (the count before is a slot's rank), give experts rows and tiles, then slots their rows.
 __global__ void __launch_bounds__(kRouteThreads, 1)
     moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, MoeRouting routing) {
   __shared__ int count[kMoeMaxExperts], first_row[kMoeMaxExperts];
-  __shared__ Pair warp_sums[kRouteThreads / 32];
+  __shared__ RouteSums warp_sums[kRouteThreads / 32];
   constexpr int kBatch = 8;  // loads in flight
   const int num_experts = shape.num_experts, self = threadIdx.x;
   ptx::griddepcontrol_wait();
@@ -61,26 +64,29 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   }
   __syncthreads();
 
-  const int rows = self < num_experts ? count[self] : 0, padded = (rows + 7) / 8 * 8, step = moe_tile_step(rows);
-  const int tiles = (rows + step - 1) / step;
-  const bool small = step <= kSmallTileRows;
-  Pair all_large, all_small;
-  const Pair large_before = exclusive_sum({padded, small ? 0 : tiles}, warp_sums, all_large);
-  const Pair small_before = exclusive_sum({0, small ? tiles : 0}, warp_sums, all_small);
+  const int rows = self < num_experts ? count[self] : 0, step = moe_tile_step(rows), tiles = (rows + step - 1) / step;
+  const int list = static_cast<int>(moe_tile_list(step));
+  RouteSums own{}, all;
+  own.v[0] = (rows + 7) / 8 * 8;
+#pragma unroll
+  for (int i = 0; i < kTileLists; ++i) own.v[1 + i] = list == i ? tiles : 0;
+  const RouteSums before = exclusive_sum(own, warp_sums, all);
   if (self < num_experts) {
-    first_row[self] = large_before.rows;
-    reinterpret_cast<int2*>(routing.expert_rows)[self] = make_int2(large_before.rows, rows);
-    const int first_tile = small ? routing.max_tiles + small_before.tiles : large_before.tiles;
+    first_row[self] = before.v[0];
+    reinterpret_cast<int2*>(routing.expert_rows)[self] = make_int2(before.v[0], rows);
+    int first_tile = list * routing.max_tiles;
+#pragma unroll
+    for (int i = 0; i < kTileLists; ++i) first_tile += list == i ? before.v[1 + i] : 0;
     for (int j = 0; j < tiles; ++j) {
       const int used = min(step, rows - j * step);
-      routing.tiles[first_tile + j] = {self, large_before.rows + j * step, used, (used + 7) / 8 * 8};
+      routing.tiles[first_tile + j] = {self, before.v[0] + j * step, used, (used + 7) / 8 * 8};
       routing.tile_done[first_tile + j] = 0;
     }
   }
-  if (self < 4) routing.ticket[self] = 0;
+  if (self < 2 * kTileLists) routing.ticket[self] = 0;
   if (self == 0) {
-    routing.num_tiles[static_cast<int>(TileList::kLarge)] = all_large.tiles;
-    routing.num_tiles[static_cast<int>(TileList::kSmall)] = all_small.tiles;
+#pragma unroll
+    for (int i = 0; i < kTileLists; ++i) routing.num_tiles[i] = all.v[1 + i];
   }
   __syncthreads();
 
@@ -235,10 +241,12 @@ __global__ void __launch_bounds__(256) moe_requantize_kernel(MoeShape shape, Moe
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, columns = shape.inter, groups = columns / 16;
   const int warps = gridDim.x * (blockDim.x / 32), self = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  const int large = routing.num_tiles[0], tiles = large + routing.num_tiles[1];
+  const int large = routing.num_tiles[0], small = large + routing.num_tiles[1], tiles = small + routing.num_tiles[2];
   for (int work = self; work < tiles * kSlice; work += warps) {
     const int index = work / kSlice, r = work % kSlice;
-    const MoeTile tile = routing.tiles[index < large ? index : routing.max_tiles + index - large];
+    const MoeTile tile = routing.tiles[index < large   ? index
+                                       : index < small ? routing.max_tiles + index - large
+                                                       : 2 * routing.max_tiles + index - small];
     if (r >= tile.rows) continue;
     const float* row = h_wide + static_cast<int64_t>(tile.first_row + r) * columns;
     const GlobalScale global = nvfp4_global_scale(row_amax(row, groups, lane));

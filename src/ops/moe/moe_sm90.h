@@ -51,12 +51,12 @@ void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaSt
 // ---- tiled tier: route, gather, GEMMs, combine, any number of rows per expert ----
 //
 // Token rows of one expert stand together, padded to a multiple of 8 and cut into tiles of about equal size, at most kTileRows.
-// Tiles of few rows, bound by memory, and of many, bound by the tensor cores, are two lists, each with a launch of its own.
+// Tiles stand in lists by size, because a small tile wants its shared memory for weights on their way, a large one for token rows.
 // A token operand (gathered x, h) is stored tile after tile, in a tile one block of 64 columns after another, in a block row
 // after row of 128 bytes in kernel column order (moe_layout.h) with 16-byte chunk c at c ^ (row & 7): what wgmma reads, one bulk
 // copy each.
 
-constexpr int kTileRows = 120, kSmallTileRows = 48;
+constexpr int kTileRows = 120, kSmallTileRows = 48, kTinyTileRows = 16;
 
 struct MoeTile {
   int expert;
@@ -71,17 +71,19 @@ constexpr int moe_tile_step(int rows) {
   return tiles == 0 ? 8 : ((rows + tiles - 1) / tiles + 7) / 8 * 8;
 }
 
-enum class TileList : int { kLarge, kSmall };
+enum class TileList : int { kLarge, kSmall, kTiny };
+constexpr int kTileLists = 3;
+constexpr TileList moe_tile_list(int step) { return step <= kTinyTileRows ? TileList::kTiny : step <= kSmallTileRows ? TileList::kSmall : TileList::kLarge; }
 
 // Result of routing, in the workspace. Sizes for `slots` = num_tokens * num_topk.
 struct MoeRouting {
-  MoeTile* tiles;         // [2, max_tiles]    by TileList
-  int32_t* num_tiles;     // [2]
+  MoeTile* tiles;         // [kTileLists, max_tiles]
+  int32_t* num_tiles;     // [kTileLists]
   int32_t* expert_rows;   // [num_experts, 2]  first padded row, rows in use
   int32_t* row_slot;      // [moe_max_rows]    slot of a padded row; rows without one are not written
   int32_t* slot_row;      // [slots]           padded row of a slot, -1 if unused
-  uint32_t* ticket;       // [2, 2]            by TileList and fc1 (or both) / fc2; zeroed by routing
-  uint32_t* tile_done;    // [2, max_tiles]    zeroed by routing
+  uint32_t* ticket;       // [kTileLists, 2]   fc1 (or both) / fc2; zeroed by routing
+  uint32_t* tile_done;    // [kTileLists, max_tiles]  zeroed by routing
   int max_tiles;          // moe_max_tiles
 };
 constexpr int64_t moe_max_rows(int64_t slots, int num_experts) {
@@ -116,7 +118,6 @@ void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, c
                              int64_t num_tokens, bf16* x_rows, float* x_global, cudaStream_t stream);
 void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
                            cudaStream_t stream);
-// Both lists, large tiles first.
 void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream);
 void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,
                         bf16* y, cudaStream_t stream);

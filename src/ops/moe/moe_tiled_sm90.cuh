@@ -23,21 +23,22 @@ struct TiledTask {
   int expert, first_row, rows, padded;
 };
 
+constexpr int kMathWarpgroups = 4;
+constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
+constexpr int kStrips = kMathWarpgroups;                    // one strip each: 256 weight rows a task
+constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
+constexpr int kTiledThreads = 128 * kMathWarpgroups + 64 * kLoaders;
+constexpr int kMaxSmem = 227 * 1024;
+
 template <TileList kList_>
 struct TiledTraits {
   static constexpr TileList kList = kList_;
-  static constexpr bool kLarge = kList == TileList::kLarge;
-  static constexpr int kMaxRows = kLarge ? kTileRows : kSmallTileRows;
-  static constexpr int kMathWarpgroups = 4;
-  static constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
-  static constexpr int kStrips = kMathWarpgroups;  // one strip each: 256 weight rows a task
-  static constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
-  static constexpr int kThreads = 128 * kMathWarpgroups + 64 * kLoaders;
-  static constexpr int kStageBlocks = 2;                             // K128
+  static constexpr int kMaxRows = kList == TileList::kLarge ? kTileRows : kList == TileList::kSmall ? kSmallTileRows : kTinyTileRows;
+  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;  // K256, K128
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
   static constexpr int kRowBytes = kMaxRows * 128 * kStageBlocks;
-  static constexpr int kStages = (227 * 1024 - 4096) / (kWeightBytes + kRowBytes) > 8 ? 8 : (227 * 1024 - 4096) / (kWeightBytes + kRowBytes);
+  static constexpr int kStages = (kMaxSmem - 4096) / (kWeightBytes + kRowBytes);  // 4, 7, 4 of 49, 31, 45 KB
   static constexpr int kTaskRing = 3;
 
   struct Shared {
@@ -50,11 +51,10 @@ struct TiledTraits {
     float alpha[kTaskRing][3];
     uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
   };
-  static constexpr int kSmemBytes = sizeof(Shared);
-  static_assert(kSmemBytes <= 227 * 1024);
+  static_assert(sizeof(Shared) <= kMaxSmem);
 };
 
-// What an odd last block is paired with.
+// Weights of the blocks that the last stage of a task lacks.
 static __device__ const uint8_t kZeroBlock[kMoeBlockBytes] = {};
 
 template <int kStages>
@@ -87,8 +87,8 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   TiledWork work;
   work.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
   work.strips = static_cast<int>(task.is_fc2 ? moe_fc2_strips(args.shape.hidden) : moe_fc1_strips(args.shape.inter));
-  work.first_strip = task.block * T::kStrips;
-  work.num_strips = min(T::kStrips, work.strips - work.first_strip);
+  work.first_strip = task.block * kStrips;
+  work.num_strips = min(kStrips, work.strips - work.first_strip);
   work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
                  (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
   return work;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typ
   const TiledWork work = tiled_work<T>(args, task);
   const uint64_t source = uniform(reinterpret_cast<uint64_t>(work.weights));
   const int blocks = uniform(work.blocks), strips = uniform(work.num_strips), pitch = blocks * kMoeBlockBytes;
-  for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
+  for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
     if (turn != self) continue;
     spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
     if (ptx::elect_one()) {
@@ -119,14 +119,12 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typ
       const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * kMoeBlockBytes;
       uint8_t* to = shared.weights[at.stage];
 #pragma unroll
-      for (int strip = 0; strip < T::kStrips; ++strip) {
+      for (int strip = 0; strip < kStrips; ++strip) {
         if (strip >= strips) break;
-        if (block + 1 < blocks) {
-          ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, T::kStripStageBytes, full, ptx::L2Hint::kEvictFirst);
-        } else {
-          ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, kMoeBlockBytes, full);
-          ptx::bulk_load(to + strip * T::kStripStageBytes + kMoeBlockBytes, kZeroBlock, kMoeBlockBytes, full);
-        }
+        const int bytes = min(T::kStageBlocks, blocks - block) * kMoeBlockBytes;
+        ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, bytes, full, ptx::L2Hint::kEvictFirst);
+        for (int missing = bytes; missing < T::kStripStageBytes; missing += kMoeBlockBytes)
+          ptx::bulk_load(to + strip * T::kStripStageBytes + missing, kZeroBlock, kMoeBlockBytes, full);
       }
     }
     __syncwarp();
@@ -137,8 +135,8 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typ
 template <class T>
 __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
   const int lane = threadIdx.x % 32;
-  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
-  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
+  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + kStrips - 1) / kStrips;
+  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + kStrips - 1) / kStrips;
   constexpr int kList = static_cast<int>(T::kList);
   const MoeTile* list = args.routing.tiles + kList * args.routing.max_tiles;
   const int tiles = args.routing.num_tiles[kList];
@@ -211,19 +209,16 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
     const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
     const uint64_t source = uniform(reinterpret_cast<uint64_t>(operand) + static_cast<uint64_t>(task.first_row) * blocks * 128);
     const uint32_t bytes = uniform(task.padded * 128);  // of one block
-    for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % T::kLoaders) {
+    for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
       if (turn != self) continue;
       spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
       if (ptx::elect_one()) {
         uint64_t* full = &shared.full[at.stage];
-        ptx::mbarrier_arrive_expect_tx(full, 2 * bytes);
+        ptx::mbarrier_arrive_expect_tx(full, T::kStageBlocks * bytes);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * bytes;
-        if (block + 1 < blocks) {
-          ptx::bulk_load(shared.rows[at.stage], from, 2 * bytes, full);
-        } else {
-          ptx::bulk_load(shared.rows[at.stage], from, bytes, full);
-          ptx::bulk_load(shared.rows[at.stage] + bytes, from, bytes, full);
-        }
+        const int present = min(T::kStageBlocks, blocks - block);
+        ptx::bulk_load(shared.rows[at.stage], from, present * bytes, full);
+        for (int i = present; i < T::kStageBlocks; ++i) ptx::bulk_load(shared.rows[at.stage] + i * bytes, from, bytes, full);  // times zeros
       }
       __syncwarp();
     }
@@ -301,15 +296,11 @@ struct TiledCodes {  // a thread's share of a 64x64 block
   uint32_t sf_low, sf_high;
 };
 
+// Sums of 64 weight rows times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
-__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
-                                           uint32_t phase, TiledRing<T::kStages>& at) {
-  int tid;  // volatile: keeps addresses of all instances from being hoisted, which costs registers and serialises wgmma
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-  const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
-  float sum[kN / 2];
-#pragma unroll
-  for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
+__device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
+                                                 TiledRing<T::kStages>& at, float (&sum)[kN / 2], int group, int thread) {
+  const int lane = thread % 32;
   uint32_t a[2][2][4];
   const uint32_t weights = ptx::smem_address(shared.weights) + group * T::kStripStageBytes;
   const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
@@ -367,6 +358,77 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T:
     }
     if (lane == 0) ptx::mbarrier_arrive(empty);
   }
+}
+
+// The same with mma.sync: below three n8 tiles it takes fewer instructions than wgmma with its descriptors, fences and drains, and
+// no warp waits for another.
+template <class T, int kN>
+__device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
+                                               TiledRing<T::kStages>& at, float (&sum)[kN / 2], int group, int thread) {
+  const int lane = thread % 32;
+  const uint32_t weights = ptx::smem_address(shared.weights) + group * T::kStripStageBytes;
+  const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
+  const uint32_t pitch = task.padded * 128;  // from one block of token rows to the next
+  const uint32_t rows_at = ptx::smem_address(shared.rows) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+  struct Codes {
+    uint4 words;
+    uint32_t sf_low, sf_high;
+  };
+#pragma unroll 1
+  for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
+    const uint32_t stage = at.stage * T::kWeightBytes;
+    uint32_t rows = rows_at + at.stage * T::kRowBytes;
+    spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
+    Codes codes[2];
+    uint32_t b[2][kN / 8][8];
+    const auto fetch = [&](int k) {
+      Codes& c = codes[k % 2];
+      load_shared_16(c.words, codes_at + stage + k * kMoeBlockBytes);
+      c.sf_low = load_shared_u8(scales_at + stage + k * kMoeBlockBytes);
+      c.sf_high = load_shared_u8(scales_at + stage + k * kMoeBlockBytes + 1);
+#pragma unroll
+      for (int tile = 0; tile < kN / 8; ++tile) {
+        load_matrix_x4(b[k % 2][tile], rows + tile * 1024);
+        load_matrix_x4(b[k % 2][tile] + 4, (rows ^ 64) + tile * 1024);
+      }
+      rows += pitch;
+    };
+    fetch(0);
+#pragma unroll
+    for (int k = 0; k < T::kStageBlocks; ++k) {
+      if (k + 1 < T::kStageBlocks) fetch(k + 1);
+      const Codes& c = codes[k % 2];
+      const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+        decode_half_block(half ? c.words.y : c.words.x, half ? c.words.w : c.words.z, sf_low, sf_high, a);
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int tile = 0; tile < kN / 8; ++tile)
+            mma_bf16(&sum[tile * 4], a[step], b[k % 2][tile][half * 4 + step * 2], b[k % 2][tile][half * 4 + step * 2 + 1]);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[at.stage]);
+    at.advance();
+  }
+}
+
+template <class T, int kN>
+__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
+                                           uint32_t phase, TiledRing<T::kStages>& at) {
+  int tid;  // volatile: keeps addresses of all instances from being hoisted, which costs registers and serialises wgmma
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+  const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
+  float sum[kN / 2];
+#pragma unroll
+  for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
+  if constexpr (T::kList == TileList::kTiny)
+    tiled_sums_mma<T, kN>(args, shared, task, at, sum, group, thread);
+  else
+    tiled_sums_wgmma<T, kN>(args, shared, task, at, sum, group, thread);
   const TiledWork work = tiled_work<T>(args, task);
   spin_until([&] { return mbarrier_try_wait_long(&shared.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
   if (group < work.num_strips) {
@@ -403,53 +465,77 @@ __device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T:
     spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
     const TiledTask& task = shared.task[task_at.stage];  // stays in shared memory: registers are for sums
     if (task.tile < 0) return;
-    if constexpr (T::kLarge)
+    if constexpr (T::kList == TileList::kLarge)
       tiled_dispatch<T, 56, 64, 72, 80, 88, 96, 104, 112, 120>(args, shared, task, task_at.stage, task_at.phase, at);
+    else if constexpr (T::kList == TileList::kSmall)
+      tiled_dispatch<T, 24, 32, 40, 48>(args, shared, task, task_at.stage, task_at.phase, at);
     else
-      tiled_dispatch<T, 8, 16, 24, 32, 40, 48>(args, shared, task, task_at.stage, task_at.phase, at);
+      tiled_dispatch<T, 8, 16>(args, shared, task, task_at.stage, task_at.phase, at);
     ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
     task_at.advance();
   }
 }
 
+// Before the tasks of a list: every thread of the CTA, from its role. False: nothing to do. Lists are independent, a CTA goes to
+// the next when this one has no more tickets.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
-  // No arithmetic on the base: the compiler would lose sight of its address space and use generic loads. There is no static
-  // shared memory, so it stands at 1 KiB (what the system reserves); wgmma needs the alignment.
-  extern __shared__ __align__(1024) uint8_t raw[];
-  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
-  if (ptx::smem_address(raw) % 1024 != 0) __trap();
+__device__ __forceinline__ bool tiled_begin(const MoeTiledArgs& args, typename T::Shared& shared) {
+  if (args.routing.num_tiles[static_cast<int>(T::kList)] == 0) return false;
+  ptx::named_barrier_sync(0, kTiledThreads);  // everybody has left the list before
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 2);                       // weights and rows
-      ptx::mbarrier_init(&shared.empty[i], 4 * T::kMathWarpgroups);  // math warps
+      ptx::mbarrier_init(&shared.full[i], 2);                    // weights and rows
+      ptx::mbarrier_init(&shared.empty[i], 4 * kMathWarpgroups);  // math warps
     }
     for (int i = 0; i < T::kTaskRing; ++i) {
       ptx::mbarrier_init(&shared.task_full[i], 1);
-      ptx::mbarrier_init(&shared.task_empty[i], 2 * T::kLoaders - 1 + 128 * T::kMathWarpgroups);
+      ptx::mbarrier_init(&shared.task_empty[i], 2 * kLoaders - 1 + 128 * kMathWarpgroups);
       ptx::mbarrier_init(&shared.meta_full[i], 32);
     }
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
-  // The launch for small tiles starts on SMs that the one for large tiles has left: its inputs were complete before that one let
-  // it start. It ends after it, because the next kernel waits for this one only.
-  if (T::kLarge) ptx::griddepcontrol_wait();
+  fence_proxy_async_all();  // the list before read and wrote this memory in another layout
+  ptx::named_barrier_sync(0, kTiledThreads);
+  return true;
+}
+
+template <TileList kList>
+__device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, uint8_t* raw, TiledPhase phase, int loader) {
+  using T = TiledTraits<kList>;
+  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
+  if (!tiled_begin<T>(args, shared)) return;
+  if (loader >= kLoaders)
+    tiled_load_rows<T>(args, shared, phase, loader - kLoaders);
+  else if (loader == 0)
+    tiled_schedule<T>(args, shared, phase);
+  else
+    tiled_load_weights<T>(args, shared, loader);
+}
+template <TileList kList>
+__device__ __forceinline__ void tiled_compute(const MoeTiledArgs& args, uint8_t* raw) {
+  using T = TiledTraits<kList>;
+  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
+  if (tiled_begin<T>(args, shared)) tiled_math<T>(args, shared);
+}
+
+static __global__ void __launch_bounds__(kTiledThreads, 1) moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
+  // No arithmetic on the base: the compiler would lose sight of its address space and use generic loads. There is no static
+  // shared memory, so it stands at 1 KiB (what the system reserves); wgmma needs the alignment.
+  extern __shared__ __align__(1024) uint8_t raw[];
+  if (ptx::smem_address(raw) % 1024 != 0) __trap();
+  ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  if (threadIdx.x >= 128 * T::kMathWarpgroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::kLoaderRegisters));
-    const int loader = threadIdx.x / 32 - 4 * T::kMathWarpgroups;
-    if (loader >= T::kLoaders)
-      tiled_load_rows<T>(args, shared, phase, loader - T::kLoaders);
-    else if (loader == 0)
-      tiled_schedule<T>(args, shared, phase);
-    else
-      tiled_load_weights<T>(args, shared, loader);
-    if (!T::kLarge) ptx::griddepcontrol_wait();
+  if (threadIdx.x >= 128 * kMathWarpgroups) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
+    const int loader = static_cast<int>(threadIdx.x / 32) - 4 * kMathWarpgroups;
+    tiled_load<TileList::kLarge>(args, raw, phase, loader);
+    tiled_load<TileList::kSmall>(args, raw, phase, loader);
+    tiled_load<TileList::kTiny>(args, raw, phase, loader);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(T::kMathRegisters));
-    tiled_math<T>(args, shared);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+    tiled_compute<TileList::kLarge>(args, raw);
+    tiled_compute<TileList::kSmall>(args, raw);
+    tiled_compute<TileList::kTiny>(args, raw);
   }
 }
 

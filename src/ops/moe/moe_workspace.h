@@ -39,13 +39,13 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
   } else {
     const int64_t rows = sm90::moe_max_rows(slots, in.num_experts), tiles = sm90::moe_max_tiles(slots, in.num_experts);
     w.h = take(rows * in.inter * 2);
-    w.tiles = take(2 * tiles * static_cast<int64_t>(sizeof(sm90::MoeTile)));
-    w.num_tiles = take(8);
+    w.tiles = take(sm90::kTileLists * tiles * static_cast<int64_t>(sizeof(sm90::MoeTile)));
+    w.num_tiles = take(4 * sm90::kTileLists);
     w.expert_rows = take(in.num_experts * int64_t{8});
     w.row_slot = take(rows * 4);
     w.slot_row = take(slots * 4);
-    w.ticket = take(16);
-    w.tile_done = take(2 * tiles * 4);
+    w.ticket = take(8 * sm90::kTileLists);
+    w.tile_done = take(sm90::kTileLists * tiles * 4);
     w.x_rows = take(rows * in.hidden * 2);
     if (in.act == ActFormat::kNvfp4) {
       w.h_wide = take(rows * in.inter * 4);
