@@ -12,7 +12,7 @@ T* at(const MoeGpuArgs& args, int64_t offset) {
   return reinterpret_cast<T*>(static_cast<char*>(args.workspace) + offset);
 }
 
-void run_stream(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
+void run_in_one_launch(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
   sm90::MoeStreamArgs s{};
   s.experts = args.experts;
   s.shape = args.shape;
@@ -26,9 +26,13 @@ void run_stream(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace&
   s.fc1_done = at<uint32_t>(args, layout.fc1_done);
   s.fc2_done = at<uint32_t>(args, layout.fc2_done);
   s.exited = at<uint32_t>(args, layout.exited);
+  s.ticket = at<uint32_t>(args, layout.ticket_stream);
   s.num_tokens = static_cast<int>(args.num_tokens);
   s.swiglu_limit = args.swiglu_limit;
-  sm90::launch_moe_stream(s, plan.max_rows, plan.ctas, stream);
+  if (plan.tier == MoeTier::kRing)
+    sm90::launch_moe_ring(s, plan.ctas, stream);
+  else
+    sm90::launch_moe_stream(s, plan.ctas, stream);
 }
 
 void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& layout, cudaStream_t stream) {
@@ -88,10 +92,10 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
   DSV4_GPU_REQUIRE("moe", args.workspace_bytes >= layout.bytes, "workspace of %lld bytes, %lld needed for %lld tokens",
                    static_cast<long long>(args.workspace_bytes), static_cast<long long>(layout.bytes),
                    static_cast<long long>(args.num_tokens));
-  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16, "the streaming tier is a16 only (%d)",
+  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16, "a4 runs in the tiled tier only (%d)",
                    static_cast<int>(args.act));
-  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.num_tokens * args.shape.num_topk <= sm90::kStreamMaxSlots,
-                   "%lld tokens in the streaming tier", static_cast<long long>(args.num_tokens));
+  DSV4_GPU_REQUIRE("moe", args.num_tokens * args.shape.num_topk <= moe_tier_max_slots(plan.tier), "%lld tokens, too many for tier %d",
+                   static_cast<long long>(args.num_tokens), static_cast<int>(plan.tier));
   DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "the shared expert given twice, as weights and as output%s", "");
   MoeGpuArgs routed = args;
   if (args.shared.fc1) {
@@ -99,10 +103,10 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
     sm90::launch_moe_shared({args.shared, args.x, at<bf16>(args, layout.shared_h), shared_y, args.num_tokens, args.shape.hidden, args.swiglu_limit}, stream);
     routed.shared_y = shared_y;
   }
-  if (plan.tier == MoeTier::kStream)
-    run_stream(routed, plan, layout, stream);
-  else
+  if (plan.tier == MoeTier::kTiled)
     run_tiled(routed, plan, layout, stream);
+  else
+    run_in_one_launch(routed, plan, layout, stream);
 }
 
 }  // namespace dsv4

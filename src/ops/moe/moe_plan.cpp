@@ -9,8 +9,9 @@
 namespace dsv4 {
 namespace {
 
-// Up to here a layer call is weight streaming with one or two rows per expert; measured in docs/kernels/moe_sm90.md.
-constexpr int64_t kStreamMaxTokens = 192;
+// Crossovers, measured in docs/kernels/moe_sm90.md.
+constexpr int64_t kStreamMinTasksPerCta = 3;      // fewer fc1 tasks: the streaming tier leaves CTAs without work
+constexpr int64_t kStreamMaxRowsPerExpert = 8;    // more on average: decoding a weight once per 32 rows costs more than tiles do
 
 }  // namespace
 
@@ -27,12 +28,14 @@ MoePlan plan_moe(const MoePlanInput& in) {
   plan.ctas = in.num_sms - in.reserved_sms;
   plan.shared_expert = in.shared_inter > 0;
   const int64_t slots = in.num_tokens * in.num_topk;
-  if (in.act == ActFormat::kBf16 && in.num_tokens <= kStreamMaxTokens && slots <= sm90::kStreamMaxSlots) {
-    plan.tier = MoeTier::kStream;  // decode: latency and bandwidth
-    plan.max_rows = in.num_tokens <= 64 ? 8 : 16;  // beyond, too many experts would need a second pass over their weights
-  } else {
-    plan.tier = MoeTier::kTiled;  // large decode batches and prefill; every a4 call
+  const int64_t fc1_tasks = slots * ((moe_fc1_strips(in.inter) + 3) / 4);  // if no two tokens share an expert
+  if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots) {
+    plan.tier = MoeTier::kTiled;  // prefill; every a4 call
     plan.split_launch = in.act == ActFormat::kNvfp4;
+  } else if (fc1_tasks < kStreamMinTasksPerCta * plan.ctas && slots <= sm90::kRingMaxSlots) {
+    plan.tier = MoeTier::kRing;  // one to three tokens: latency
+  } else {
+    plan.tier = MoeTier::kStream;  // decode batches: bandwidth
   }
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
   return plan;
@@ -40,7 +43,7 @@ MoePlan plan_moe(const MoePlanInput& in) {
 
 std::string MoePlan::to_string() const {
   const char* shared_text = shared_expert ? ", shared expert before" : "";
-  if (tier == MoeTier::kStream) return fmt::format("stream: {} rows a task, {} CTAs, workspace {} bytes{}", max_rows, ctas, workspace_bytes, shared_text);
+  if (tier != MoeTier::kTiled) return fmt::format("{}: {} CTAs, workspace {} bytes{}", tier == MoeTier::kRing ? "ring" : "stream", ctas, workspace_bytes, shared_text);
   return fmt::format("tiled: {} CTAs, {}, workspace {} bytes{}", ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
                      workspace_bytes, shared_text);
 }

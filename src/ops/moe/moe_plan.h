@@ -4,13 +4,15 @@
 #include <cstdint>
 #include <string>
 
+#include "ops/moe/moe_sm90.h"
 #include "ops/precision.h"
 
 namespace dsv4 {
 
 enum class MoeTier : uint8_t {
-  kStream,  // one launch, weights streamed past at most 8 or 16 token rows (moe_stream_sm90.cuh)
-  kTiled,   // route, gather, GEMMs, combine; up to 128 token rows a tile (moe_tiled_sm90.cuh)
+  kRing,    // one launch, tasks of 64 weight rows x 8 token rows, K split over warps: one to three tokens (moe_ring_sm90.cuh)
+  kStream,  // one launch, tasks of 256 weight rows x up to 32 token rows: decode batches (moe_stream_sm90.cuh)
+  kTiled,   // route, gather, GEMMs, combine; up to 120 token rows a tile: prefill, and every a4 call (moe_tiled_sm90.cuh)
 };
 
 struct MoePlanInput {
@@ -25,7 +27,6 @@ struct MoePlanInput {
 
 struct MoePlan {
   MoeTier tier = MoeTier::kStream;
-  int max_rows = 0;      // kStream: token rows a task
   int ctas = 0;          // persistent, one per SM
   bool split_launch = false;  // fc1 and fc2 in launches of their own (a4: the global scale of a row of h needs the whole row)
   bool shared_expert = false;  // its two GEMMs run before the routed experts (moe_shared_sm90.h)
@@ -33,6 +34,11 @@ struct MoePlan {
 
   std::string to_string() const;
 };
+
+// Most slots (num_tokens * num_topk) that a tier can run.
+constexpr int64_t moe_tier_max_slots(MoeTier tier) {
+  return tier == MoeTier::kRing ? sm90::kRingMaxSlots : tier == MoeTier::kStream ? sm90::kStreamMaxSlots : int64_t{1} << 22;
+}
 
 // Throws Error(kInternal) for a shape the kernels cannot run.
 MoePlan plan_moe(const MoePlanInput& input);

@@ -24,9 +24,10 @@ struct MoeShape {
 };
 constexpr int kMoeMaxExperts = 1024;
 
-// ---- streaming tier: everything in one launch, few rows per expert ----
+// ---- ring and streaming tier: everything in one launch, few rows per expert ----
 
-constexpr int kStreamMaxSlots = 2048;  // num_tokens * num_topk
+constexpr int kRingMaxSlots = 1024;    // num_tokens * num_topk
+constexpr int kStreamMaxSlots = 3072;
 
 // Counters in the workspace: zero before the first launch, zero again after every launch.
 struct MoeStreamArgs {
@@ -39,14 +40,16 @@ struct MoeStreamArgs {
   bf16* y;                     // [num_tokens, hidden]
   bf16* h;                     // [num_tokens * num_topk, inter]   scratch
   bf16* slot_y;                // [num_tokens * num_topk, hidden]  scratch
-  uint32_t* fc1_done;          // [kStreamMaxSlots]    strips of fc1 finished, per chunk
-  uint32_t* fc2_done;          // [fc2 strips]         chunks finished, per strip
+  uint32_t* fc1_done;          // [kStreamMaxSlots]    tasks of fc1 finished, per chunk (rows of one expert in one task)
+  uint32_t* fc2_done;          // [fc2 strips]         ring: chunks finished, per strip; streaming: [0], tasks of fc2 finished
   uint32_t* exited;            // [1]
+  uint32_t* ticket;            // [1]                  streaming
   int num_tokens;
   float swiglu_limit;
 };
-// max_rows: 8 or 16 token rows per task. ctas: at most what is co-resident.
-void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaStream_t stream);
+// ctas: the ring tier needs them all co-resident, the streaming tier does not.
+void launch_moe_ring(const MoeStreamArgs& args, int ctas, cudaStream_t stream);
+void launch_moe_stream(const MoeStreamArgs& args, int ctas, cudaStream_t stream);
 
 // ---- tiled tier: route, gather, GEMMs, combine, any number of rows per expert ----
 //

@@ -1,14 +1,14 @@
-// Instances and launcher of the streaming tier.
+// Instances and launchers of the two one-launch kernels.
 #include "gpu/launch.h"
+#include "ops/moe/moe_ring_sm90.cuh"
 #include "ops/moe/moe_stream_sm90.cuh"
 
 namespace dsv4::sm90 {
 namespace {
 
-template <int kMaxRows>
-void launch_rows(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
-  using Traits = StreamTraits<kMaxRows>;
-  const auto kernel = moe_stream_kernel<Traits>;
+template <class Traits>
+void launch_one(void (*kernel)(MoeStreamArgs), const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
+  static_assert(Traits::kSmemBytes - Traits::kRingOffset >= kRouteScratch<Traits>);
   gpu::allow_smem(kernel, Traits::kSmemBytes);
   gpu::LaunchConfig config;
   config.grid = ctas;
@@ -21,12 +21,11 @@ void launch_rows(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_moe_stream(const MoeStreamArgs& args, int max_rows, int ctas, cudaStream_t stream) {
-  DSV4_GPU_REQUIRE("moe_stream", max_rows == 8 || max_rows == 16, "max_rows = %d", max_rows);
-  if (max_rows == 8)
-    launch_rows<8>(args, ctas, stream);
-  else
-    launch_rows<16>(args, ctas, stream);
+void launch_moe_ring(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
+  launch_one<RingTraits<>>(moe_ring_kernel<RingTraits<>>, args, ctas, stream);
+}
+void launch_moe_stream(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
+  launch_one<StreamTraits<>>(moe_stream_kernel<StreamTraits<>>, args, ctas, stream);
 }
 
 }  // namespace dsv4::sm90

@@ -1,410 +1,383 @@
-// Streaming tier of the MoE layer on Hopper: routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert.
+// Streaming tier of the MoE layer on Hopper, weights straight from global memory into registers.
 //
-// Bandwidth is everything here, so weights never wait for anything but ring space: two producer threads copy packed strips
-// in task order (all of fc1, then all of fc2) while two warps bring the token rows, which do wait (fc2's for the h of
-// their chunk). Task = 64 weight rows x up to 16 token rows of one expert. Math warps decode fragments straight from the ring
-// into mma.sync m16n8k16 (weights are the M side) with no decoded copy anywhere; groups of four warps take ring stages in turn
-// (split-K inside the CTA) and add their sums in a fixed order. mma.sync and not wgmma: at 8-16 columns the tensor
-// cores are idle anyway, and its token fragments come from unpermuted rows.
+// Routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert. A task is 256 weight rows (four strips) times up
+// to kMaxRows token rows of one expert. Each of 16 math warps owns 16 of the weight rows over the whole contraction: sums end
+// in its own lanes, nothing is added across warps, the epilogue is its own. Weights lie in fragment order, so a lane loads
+// its share of a block with one 16-byte and one 2-byte load; a warp keeps eight blocks (K512) in flight in registers and the
+// sequence of loads runs across task borders, so it never stops for an epilogue or for h. Token rows go through a ring of
+// shared memory, one stage per K512, filled by a warp of its own, which also draws the tasks; another warp publishes
+// finished tasks. The combine is spread over all CTAs after the last fc2 task.
 #pragma once
 
-#include "gpu/ptx/copy.cuh"
-#include "gpu/ptx/sync.cuh"
-#include "gpu/sm90/spin.cuh"
-#include "ops/moe/moe_decode_sm90.cuh"
-#include "ops/moe/moe_sm90.h"
-#include "ops/moe/swiglu.h"
+#include <type_traits>
+
+#include "ops/moe/moe_stream_route_sm90.cuh"
 
 namespace dsv4::sm90 {
 
-// For the bench, what limits the kernel: the same copies and no arithmetic, or the same arithmetic and no weight copies.
-enum class StreamMode { kFull, kWeightsOnly, kMathOnly };
-
-template <int kMaxRows_, StreamMode kMode_ = StreamMode::kFull>
+template <StreamMode kMode_ = StreamMode::kFull>
 struct StreamTraits {
-  static constexpr int kMaxRows = kMaxRows_;
+  static constexpr int kMaxSlots = kStreamMaxSlots, kMaxRows = 32;
   static constexpr StreamMode kMode = kMode_;
-  static constexpr int kGroups = 4;                  // split-K groups of four warps
-  static constexpr int kMathWarps = 4 * kGroups;
-  static constexpr int kLoaders = 2;                 // warps that copy weights, and as many that copy rows: one alone takes
-                                                     // 350 ns a stage, too long at 34 bytes/ns
-  static constexpr int kFinishWarps = 4;             // add the groups' sums and run the epilogue, so that decoding never stops for it
-  static constexpr int kBuffers = kMaxRows == 8 ? 4 : 2;  // tasks whose sums may wait for them
-  static constexpr int kThreads = 32 * (kMathWarps + kFinishWarps + 2 * kLoaders);
-  static constexpr int kStageBlocks = 4;             // K256
-  static constexpr int kWeightBytes = kStageBlocks * kMoeBlockBytes;
-  static constexpr int kRowPitch = kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
-  static constexpr int kStageBytes = kWeightBytes + kMaxRows * kRowPitch;
-  static constexpr int kTiles = kMaxRows / 8;        // n8 tiles
-  static constexpr int kPartialFloats = kMathWarps * 32 * 4 * kTiles;
+  static constexpr int kTiles = kMaxRows / 8;  // n8 tiles of the matrix instruction
+  static constexpr int kMathWarps = 16;
+  static constexpr int kThreads = 32 * (kMathWarps + 4);  // a warpgroup of service warps, two of them idle
+  static constexpr int kMathRegisters = 104, kServiceRegisters = 64;  // 96 at launch, moved by setmaxnreg
+  static constexpr int kTaskStrips = kMathWarps / 4;
+  __host__ __device__ static constexpr int tasks_of(int strips) { return (strips + kTaskStrips - 1) / kTaskStrips; }
+  static constexpr int kGroupBlocks = 8;  // blocks in a warp's registers, and of a row stage
+  static constexpr int kRowPitch = kGroupBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
+  static constexpr int kStageBytes = kMaxRows * kRowPitch;
+  static constexpr int kStages = 5;
+  static constexpr int kTaskSlots = 4;
 
-  struct Shared {
-    float partial[kBuffers][kPartialFloats];
-    float rho[kStreamMaxSlots];
-    uint16_t slots[kStreamMaxSlots];                 // sorted by expert, then token
-    uint8_t order[kStreamMaxSlots];                  // per token: its topk positions by expert id
-    uint16_t chunk_expert[kStreamMaxSlots];
-    uint16_t chunk_first[kStreamMaxSlots];
-    uint16_t chunk_rows[kStreamMaxSlots];
-    uint64_t partial_full[kBuffers], partial_empty[kBuffers];
-    int num_chunks;
-    uint32_t flag, exit_flag;
+  struct Task {
+    const uint8_t* weights;  // of the matrix's first strip
+    int blocks;              // 0: no more tasks
+    int chunk, strip, strips;
+    bool is_fc2;
+    float alpha[2];          // valid once the task's first row stage is
   };
-  static constexpr int kMaxSmem = 227 * 1024;
-  static constexpr int kRingOffset = (sizeof(Shared) + 16 * 32 + 127) / 128 * 128;
-  // A multiple of kGroups: then a stage is always the same group's, and a group that runs ahead of another can never mistake
-  // the phase before the one it waits for (parities repeat every two uses).
-  static constexpr int kStages = (kMaxSmem - kRingOffset) / kStageBytes / kGroups * kGroups;
+  struct Shared {
+    alignas(16) uint8_t zero_row[kRowPitch];  // stands for rows a chunk does not have: what lay in the ring would only cost power
+    Task tasks[kTaskSlots];
+    uint64_t task_full[kTaskSlots], task_done[kTaskSlots], task_free[kTaskSlots];
+    uint64_t rows_full[kStages], rows_empty[kStages];
+    float rho[kMaxSlots];
+    uint16_t slots[kMaxSlots];                 // sorted by expert, then token
+    uint8_t order[kMaxSlots];                  // per token: its topk positions by expert id
+    uint16_t chunk_expert[kMaxSlots];
+    uint16_t chunk_first[kMaxSlots];
+    uint16_t chunk_rows[kMaxSlots];
+    int num_chunks;
+    uint32_t exit_flag;
+  };
+  static constexpr int kRingOffset = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int kSmemBytes = kRingOffset + kStages * kStageBytes;
-  static_assert(kStages >= 2 * kGroups && kStages <= 16);
+  static_assert(kSmemBytes <= 227 * 1024);
+  
 };
 
-// Position in a ring that wraps.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
+// ---- weights ----
+
+__device__ __forceinline__ uint4 load_weights_16(const uint8_t* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "l"(static_cast<uint64_t>(ptx::L2Hint::kEvictFirst)));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_weights_2(const uint8_t* p) {
+  uint16_t v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
+               : "=h"(v)
+               : "l"(p), "l"(static_cast<uint64_t>(ptx::L2Hint::kEvictFirst)));
+  return v;
+}
+
+// A lane's share of one group of blocks.
+template <class Traits>
+struct StreamWeights {
+  uint4 codes[Traits::kGroupBlocks];
+  uint32_t scales[Traits::kGroupBlocks];
+};
+template <class Traits>
+__device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, const uint8_t* codes, const uint8_t* scales, bool first = false) {
+  if (Traits::kMode != StreamMode::kMathOnly || first) {
+    w.codes[j] = load_weights_16(codes + j * kMoeBlockBytes);
+    w.scales[j] = load_weights_2(scales + j * kMoeBlockBytes);
+  }
+}
+
+// Where a warp loads next: always one group ahead of what it multiplies.
+template <class Traits>
+struct StreamCursor {
+  const uint8_t *codes, *scales;
+  int left = 0;  // blocks of the task not yet loaded
+  int slot = 0;  // of the task to load after this one
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+  bool ended = false;
+
+  __device__ __forceinline__ void next_task(typename Traits::Shared& shared, int warp, int lane) {
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], phase); }, "moe stream: next task", slot, warp);
+    const typename Traits::Task& task = shared.tasks[slot];
+    left = task.blocks;
+    ended = left == 0;
+    const int strip = min(task.strip + warp / 4, task.strips - 1);
+    const uint32_t thread = (warp % 4) * 32 + lane;
+    codes = task.weights + static_cast<int64_t>(strip) * task.blocks * kMoeBlockBytes + thread * 16;
+    scales = task.weights + static_cast<int64_t>(strip) * task.blocks * kMoeBlockBytes + kMoeBlockCodeBytes + thread * 2;
+    if (++slot == Traits::kTaskSlots) slot = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void advance(int blocks) {
+    codes += Traits::kGroupBlocks * kMoeBlockBytes;
+    scales += Traits::kGroupBlocks * kMoeBlockBytes;
+    left -= blocks;
   }
 };
 
-// Tasks v = 0 .. num_chunks * (strips1 + strips2) - 1: fc1 of every chunk, then fc2 of every chunk, strips innermost.
-struct StreamTask {
-  bool is_fc2;
-  int chunk, strip, blocks;
-  const uint8_t* weights;
+// ---- multiply ----
+
+// Token fragments of half a block (K32): two matrix steps.
+template <int kTiles>
+struct StreamRows {
+  uint4 part[kTiles];
 };
-template <class Shared>
-__device__ __forceinline__ StreamTask stream_task(const MoeStreamArgs& args, const Shared& shared, int v, int strips1, int strips2) {
-  StreamTask task;
-  const int first2 = shared.num_chunks * strips1;
-  task.is_fc2 = v >= first2;
-  const int strips = task.is_fc2 ? strips2 : strips1;
-  const int w = task.is_fc2 ? v - first2 : v;
-  task.chunk = w / strips;
-  task.strip = w - task.chunk * strips;
-  task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
-  const int64_t strip = static_cast<int64_t>(shared.chunk_expert[task.chunk]) * strips + task.strip;
-  task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) + strip * task.blocks * kMoeBlockBytes;
-  return task;
+template <class Traits, int kTiles>
+__device__ __forceinline__ void stream_fetch_rows(StreamRows<kTiles>& rows, uint32_t address, uint32_t last_tile, int half) {
+  const int offset = half / 2 * 128 + half % 2 * 16;
+#pragma unroll
+  for (int tile = 0; tile + 1 < kTiles; ++tile) load_shared_16(rows.part[tile], address + tile * 8 * Traits::kRowPitch + offset);
+  load_shared_16(rows.part[kTiles - 1], last_tile + offset);
 }
 
-// Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts
-// live in `scratch` (the ring, not yet in use). Latency counts here: every weight waits for it.
-template <class Traits>
-__device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared& shared, int* scratch) {
-  const int num_slots = args.num_tokens * args.shape.num_topk, num_experts = args.shape.num_experts, lane = threadIdx.x & 31;
-  int* expert = scratch;              // [num_slots]
-  int* rank = expert + num_slots;     // [num_slots]
-  int* count = rank + num_slots;      // [num_experts], becomes the expert's first slot
-  int* warp_sums = count + num_experts;
-  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
-    const int e = args.topk_idx[i];
-    expert[i] = e >= 0 && e < num_experts ? e : -1;
-    shared.rho[i] = args.topk_weights[i];
-  }
-  for (int e = threadIdx.x; e < num_experts; e += Traits::kThreads) count[e] = 0;
-  __syncthreads();
-  if (num_slots <= 64) {
-    if (threadIdx.x < num_slots) {
-      const int e = expert[threadIdx.x];
-      int before = 0, all = 0;
-      for (int j = 0; j < num_slots; ++j) {
-        const int same = expert[j] == e;
-        all += same;
-        before += same & (j < static_cast<int>(threadIdx.x));
-      }
-      rank[threadIdx.x] = before;
-      if (e >= 0 && before == 0) count[e] = all;
-    }
-  } else if (threadIdx.x < 32) {
-    for (int base = 0; base < num_slots; base += 32) {  // in slot order: ranks are deterministic
-      const int i = base + lane;
-      const int e = i < num_slots ? expert[i] : -1;
-      const uint32_t peers = __match_any_sync(0xffffffffu, e);
-      const int before = __popc(peers & ((1u << lane) - 1));
-      if (e >= 0) rank[i] = count[e] + before;
-      __syncwarp();
-      if (e >= 0 && before == 0) count[e] += __popc(peers);
-      __syncwarp();
-    }
-  }
-  __syncthreads();
-  int done = 0;  // slots | chunks << 16 of the experts before this round
-  for (int base = 0; base < num_experts; base += Traits::kThreads) {
-    const int e = base + threadIdx.x;
-    const int n = e < num_experts ? count[e] : 0;
-    const int c = (n + Traits::kMaxRows - 1) / Traits::kMaxRows;
-    const int own = n | c << 16;
-    int sum = own;
-    for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, d);
-      if (lane >= d) sum += other;
-    }
-    if (lane == 31) warp_sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    int before = done;
-    for (int w = 0; w < Traits::kThreads / 32; ++w) {
-      if (w < static_cast<int>(threadIdx.x / 32)) before += warp_sums[w];
-      done += warp_sums[w];
-    }
-    before += sum - own;
-    if (e < num_experts) count[e] = before & 0xffff;
-    for (int j = 0; j < c; ++j) {
-      const int chunk = (before >> 16) + j;
-      shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
-      shared.chunk_first[chunk] = static_cast<uint16_t>((before & 0xffff) + j * Traits::kMaxRows);
-      shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) shared.num_chunks = done >> 16;
-  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads)
-    if (expert[i] >= 0) shared.slots[count[expert[i]] + rank[i]] = static_cast<uint16_t>(i);
-  for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
-    const int token = i / args.shape.num_topk, base = token * args.shape.num_topk, k = i - base, e = expert[i];
-    int place = 0;  // after every position with a smaller expert (ties: smaller k)
-    for (int j = 0; j < args.shape.num_topk; ++j) {
-      const int other = expert[base + j];
-      place += other < e || (other == e && j < k);
-    }
-    shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
-  }
-  __syncthreads();
-}
-
-// Loader `self` of kLoaders takes every kLoaders-th stage.
-template <class Traits>
-__device__ void stream_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                    uint64_t* empty, int strips1, int strips2, int self) {
-  if (threadIdx.x % 32 != 0) return;
-  const int tasks = shared.num_chunks * (strips1 + strips2);
-  RingPosition<Traits::kStages> at;
-  int turn = 0;
-  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
-    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
-      if (turn != self) continue;
-      const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * kMoeBlockBytes;
-      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for weights", v, block);
-      if constexpr (Traits::kMode == StreamMode::kMathOnly) {
-        ptx::mbarrier_arrive(&full[at.stage]);
+// Multiplies the group in registers (count blocks) and loads the next one into the same registers, block by block.
+// kWhole: both have kGroupBlocks blocks.
+template <class Traits, int kTiles, int kChains, bool kWhole>
+__device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, const StreamCursor<Traits>& next, int next_count, int count,
+                                             uint32_t rows_address, uint32_t last_tile, float (&sum)[kChains][kTiles][4]) {
+  constexpr int kAhead = kTiles <= 2 ? 1 : 0;  // halves that rows are fetched ahead
+  constexpr int kHalves = 2 * Traits::kGroupBlocks;
+  StreamRows<kTiles> rows[kAhead + 1];
+  if (kAhead > 0) stream_fetch_rows<Traits, kTiles>(rows[0], rows_address, last_tile, 0);
+#pragma unroll
+  for (int j = 0; j < Traits::kGroupBlocks; ++j) {
+    if (kWhole || j < count) {
+      if constexpr (Traits::kMode == StreamMode::kWeightsOnly) {
+        sum[0][0][0] += __uint_as_float(w.codes[j].x ^ w.codes[j].y ^ w.codes[j].z ^ w.codes[j].w ^ w.scales[j]);
       } else {
-        ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * kMoeBlockBytes, bytes,
-                       &full[at.stage], ptx::L2Hint::kEvictFirst);
+        const uint32_t sf_low = decode_sf(w.scales[j] & 0xff), sf_high = decode_sf(w.scales[j] >> 8);
+#pragma unroll
+        for (int half = 2 * j; half < 2 * j + 2; ++half) {
+          if (half + kAhead < kHalves) stream_fetch_rows<Traits, kTiles>(rows[(half + kAhead) % (kAhead + 1)], rows_address, last_tile, half + kAhead);
+          const StreamRows<kTiles>& b = rows[half % (kAhead + 1)];
+          uint32_t a[2][4];
+          decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w, sf_low, sf_high, a);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            mma_m16n8k16(sum[0][tile], a[0], b.part[tile].x, b.part[tile].y);
+            mma_m16n8k16(sum[kChains - 1][tile], a[1], b.part[tile].z, b.part[tile].w);
+          }
+        }
       }
     }
+    if (kWhole || j < next_count) stream_load(w, j, next.codes, next.scales);
+    __syncwarp();  // ptxas would move the loads of all blocks to the end of the group
   }
 }
 
-template <class Traits>
-__device__ void stream_load_rows(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                 uint64_t* empty, int strips1, int strips2, int self) {
-  const int lane = threadIdx.x % 32;
-  const int tasks = shared.num_chunks * (strips1 + strips2);
-  RingPosition<Traits::kStages> at;
-  int ready_chunk = -1, turn = 0;
-  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
-    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
-    const int rows = shared.chunk_rows[task.chunk];
-    if (task.is_fc2 && ready_chunk != task.chunk) {
-      spin_until([&] { return load_acquire(&args.fc1_done[task.chunk]) >= static_cast<uint32_t>(strips1); },
-                 "moe stream: h of a chunk", task.chunk, strips1);
-      fence_proxy_async_all();  // h was written by ordinary stores, the copy engine reads it
-      ready_chunk = task.chunk;
-    }
-    const bf16* source = nullptr;
-    if (lane < rows) {
-      const int slot = shared.slots[shared.chunk_first[task.chunk] + lane];
-      source = task.is_fc2 ? args.h + static_cast<int64_t>(slot) * args.shape.inter
-                           : args.x + static_cast<int64_t>(slot / args.shape.num_topk) * args.shape.hidden;
-    }
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
-      if (turn != self) continue;
-      const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * 128;
-      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows", v, block);
-      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes * rows);
-      __syncwarp();
-      if (lane < rows)
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + Traits::kWeightBytes + lane * Traits::kRowPitch,
-                       source + block * kMoeBlockCols, bytes, &full[at.stage]);
-    }
-  }
-}
-
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// What a warp needs of one block: 16 weight rows, kTiles x 8 token rows.
-template <int kTiles>
-struct StreamOperands {
-  uint4 codes, rows[kTiles][2];
-  uint32_t scales;
-};
+// h of fc1, slot outputs of fc2.
 template <class Traits, int kTiles>
-__device__ __forceinline__ void stream_fetch(StreamOperands<kTiles>& o, uint32_t stage_address, int block, int warp, int lane) {
-  const uint32_t thread = warp * 32 + lane;
-  const uint32_t weights = stage_address + block * kMoeBlockBytes;
-  const uint32_t rows = stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + block * 128;
-  load_shared_16(o.codes, weights + thread * 16);
-  o.scales = load_shared_u16(weights + kMoeBlockCodeBytes + thread * 2);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    load_shared_16(o.rows[tile][0], rows + tile * 8 * Traits::kRowPitch);
-    load_shared_16(o.rows[tile][1], rows + tile * 8 * Traits::kRowPitch + 16);
-  }
-}
-template <int kTiles>
-__device__ __forceinline__ void stream_multiply(const StreamOperands<kTiles>& o, float (&sum)[2][kTiles][4]) {
-  uint32_t a[2][2][4];
-  decode_block(o.codes, o.scales, a);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {  // two sums: half the dependent chain
-    mma_m16n8k16(sum[0][tile], a[0][0], o.rows[tile][0].x, o.rows[tile][0].y);
-    mma_m16n8k16(sum[1][tile], a[0][1], o.rows[tile][0].z, o.rows[tile][0].w);
-    mma_m16n8k16(sum[0][tile], a[1][0], o.rows[tile][1].x, o.rows[tile][1].y);
-    mma_m16n8k16(sum[1][tile], a[1][1], o.rows[tile][1].z, o.rows[tile][1].w);
-  }
-}
-// One ring stage of one warp. The next block's operands are fetched before a block is decoded.
-template <class Traits, int kTiles>
-__device__ __forceinline__ void stream_stage(uint32_t stage_address, int blocks, int warp, int lane, float (&sum)[2][kTiles][4]) {
-  StreamOperands<kTiles> o[2];
-  if (kTiles == 1 && blocks >= Traits::kStageBlocks) {
-    stream_fetch<Traits>(o[0], stage_address, 0, warp, lane);
-#pragma unroll
-    for (int block = 0; block < Traits::kStageBlocks; ++block) {
-      if (block + 1 < Traits::kStageBlocks) stream_fetch<Traits>(o[(block + 1) % 2], stage_address, block + 1, warp, lane);
-      stream_multiply(o[block % 2], sum);
-    }
-  } else {
-#pragma unroll 1
-    for (int block = 0; block < min(blocks, Traits::kStageBlocks); ++block) {
-      stream_fetch<Traits>(o[0], stage_address, block, warp, lane);
-      stream_multiply(o[0], sum);
-    }
-  }
-}
-
-// The sums of one task's stages that belong to this group, left in shared.partial for the group that finishes the task.
-template <class Traits, int kTiles>
-__device__ __forceinline__ void stream_task_sums(uint8_t* ring, uint64_t* full, uint64_t* empty, const StreamTask& task, int group,
-                                                 int warp, int lane, int first_stage, float* partial,
-                                                 uint64_t* partial_empty, uint32_t partial_phase) {
-  float sum[2][kTiles][4] = {};
-  const int stages = (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
-  for (int i = (group + Traits::kGroups - first_stage % Traits::kGroups) % Traits::kGroups; i < stages; i += Traits::kGroups) {
-    const uint32_t at = static_cast<uint32_t>(first_stage + i), stage = at % Traits::kStages, phase = at / Traits::kStages & 1;
-    spin_until([&] { return mbarrier_try_wait_long(&full[stage], phase); }, "moe stream: stage filled", task.chunk, i);
-    if constexpr (Traits::kMode != StreamMode::kWeightsOnly)
-      stream_stage<Traits, kTiles>(ptx::smem_address(ring + stage * Traits::kStageBytes), task.blocks - i * Traits::kStageBlocks, warp,
-                                   lane, sum);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&empty[stage]);
-  }
-  spin_until([&] { return mbarrier_try_wait_long(partial_empty, partial_phase ^ 1); }, "moe stream: partial sums free", task.chunk, 0);
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-    *reinterpret_cast<float4*>(partial + ((group * 4 + warp) * Traits::kTiles + tile) * 128 + lane * 4) =
-        make_float4(sum[0][tile][0] + sum[1][tile][0], sum[0][tile][1] + sum[1][tile][1], sum[0][tile][2] + sum[1][tile][2],
-                    sum[0][tile][3] + sum[1][tile][3]);
-}
-
-// y of 64 output columns for every token: the slots' outputs added in order of expert id.
-template <class Traits>
-__device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared, int strip, int thread) {
-  const int lane = thread & 15, hidden = args.shape.hidden, topk = args.shape.num_topk;
-  for (int token = thread >> 4; token < args.num_tokens; token += 8) {
-    float sum[4] = {};
-    const int64_t column = strip * 64 + lane * 4;
-#pragma unroll 6
-    for (int k = 0; k < topk; ++k) {
-      const int place = shared.order[token * topk + k];
-      if (place == 0xff) continue;
-      const uint2 v = __ldcg(reinterpret_cast<const uint2*>(args.slot_y + static_cast<int64_t>(token * topk + place) * hidden + column));
-      sum[0] += __uint_as_float(v.x << 16);
-      sum[1] += __uint_as_float(v.x & 0xffff0000u);
-      sum[2] += __uint_as_float(v.y << 16);
-      sum[3] += __uint_as_float(v.y & 0xffff0000u);
-    }
-    if (args.shared_y) {
-      const uint2 v = *reinterpret_cast<const uint2*>(args.shared_y + static_cast<int64_t>(token) * hidden + column);
-      sum[0] += __uint_as_float(v.x << 16);
-      sum[1] += __uint_as_float(v.x & 0xffff0000u);
-      sum[2] += __uint_as_float(v.y << 16);
-      sum[3] += __uint_as_float(v.y & 0xffff0000u);
-    }
-    const uint2 out = make_uint2(encode_bf16(sum[0]).bits | uint32_t(encode_bf16(sum[1]).bits) << 16,
-                                 encode_bf16(sum[2]).bits | uint32_t(encode_bf16(sum[3]).bits) << 16);
-    *reinterpret_cast<uint2*>(args.y + static_cast<int64_t>(token) * hidden + column) = out;
-  }
-}
-
-// Adds the groups' partial sums of a task and finishes it: h of fc1, slot outputs of fc2, y where the strip is complete.
-template <class Traits>
-__device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, typename Traits::Shared& shared, const StreamTask& task,
-                                                const float* partial, uint64_t* partial_full, uint64_t* partial_empty, uint32_t phase,
-                                                int warp, int lane) {
+__device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const typename Traits::Shared& shared,
+                                                const typename Traits::Task& task, const float (&sum)[kTiles][4], int warp, int lane) {
+  const int strip = task.strip + warp / 4;
+  if (strip >= task.strips) return;
   const int rows = shared.chunk_rows[task.chunk], first = shared.chunk_first[task.chunk];
   const int g = lane >> 2, t = lane & 3;
-  const float* alpha_of = args.experts.alpha + shared.chunk_expert[task.chunk] * 3;
-  const float alpha[3] = {alpha_of[0] * kMoeAlphaScale, alpha_of[1] * kMoeAlphaScale, alpha_of[2] * kMoeAlphaScale};  // before the wait
-  spin_until([&] { return mbarrier_try_wait_long(partial_full, phase); }, "moe stream: partial sums", task.chunk, task.strip);
-  float sum[Traits::kTiles][4];
+  const float alpha0 = task.alpha[0], alpha1 = task.alpha[1];
+  const int column = task.is_fc2 ? moe_fc2_row(strip, warp % 4, g) : moe_fc1_row(strip, warp % 4, g);
 #pragma unroll
-  for (int tile = 0; tile < Traits::kTiles; ++tile) {
-    if (tile * 8 >= rows) break;
-    float4 v = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int from = 0; from < Traits::kGroups; ++from) {
-      const float4 p = *reinterpret_cast<const float4*>(partial + ((from * 4 + warp) * Traits::kTiles + tile) * 128 + lane * 4);
-      v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
-    }
-    sum[tile][0] = v.x, sum[tile][1] = v.y, sum[tile][2] = v.z, sum[tile][3] = v.w;
-  }
-  ptx::mbarrier_arrive(partial_empty);
-
-  if (!task.is_fc2) {
-    const float alpha_gate = alpha[0], alpha_up = alpha[1];
-    const int column = moe_fc1_row(task.strip, warp, g);
-#pragma unroll
-    for (int tile = 0; tile < Traits::kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = tile * 8 + 2 * t + i;
-        if (row >= rows) continue;
-        const int slot = shared.slots[first + row];
-        const float gate = round_bf16(sum[tile][i] * alpha_gate), up = round_bf16(sum[tile][2 + i] * alpha_up);
-        args.h[static_cast<int64_t>(slot) * args.shape.inter + column] =
-            encode_bf16(swiglu(gate, up, shared.rho[slot], args.swiglu_limit));
-      }
-    fence_proxy_async_all();
-    ptx::named_barrier_sync(1, 128);
-    if (warp == 0 && lane == 0) add_release(&args.fc1_done[task.chunk], 1);
-    return;
-  }
-  const float alpha_down = alpha[2];
-  const int column = moe_fc2_row(task.strip, warp, g);  // row g + 8 is two columns on
-#pragma unroll
-  for (int tile = 0; tile < Traits::kTiles; ++tile)
+  for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = tile * 8 + 2 * t + i;
       if (row >= rows) continue;
-      bf16* out = args.slot_y + static_cast<int64_t>(shared.slots[first + row]) * args.shape.hidden + column;
-      out[0] = encode_bf16(sum[tile][i] * alpha_down);
-      out[2] = encode_bf16(sum[tile][2 + i] * alpha_down);
+      const int slot = shared.slots[first + row];
+      if (task.is_fc2) {  // row g + 8 is two columns on
+        bf16* out = args.slot_y + static_cast<int64_t>(slot) * args.shape.hidden + column;
+        out[0] = encode_bf16(sum[tile][i] * alpha0);
+        out[2] = encode_bf16(sum[tile][2 + i] * alpha0);
+      } else {
+        const float gate = round_bf16(sum[tile][i] * alpha0), up = round_bf16(sum[tile][2 + i] * alpha1);
+        args.h[static_cast<int64_t>(slot) * args.shape.inter + column] =
+            encode_bf16(swiglu(gate, up, shared.rho[slot], args.swiglu_limit));
+      }
     }
-  ptx::named_barrier_sync(1, 128);
-  if (warp == 0 && lane == 0) shared.flag = add_acq_rel(&args.fc2_done[task.strip], 1);
-  ptx::named_barrier_sync(1, 128);
-  if (shared.flag == static_cast<uint32_t>(shared.num_chunks) - 1)
-    stream_combine<Traits>(args, shared, task.strip, warp * 32 + lane);
+}
+
+// One task: its first group is in `w`, `next` stands behind it.
+template <class Traits, int kTiles>
+__device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename Traits::Shared& shared, const uint8_t* ring,
+                                            const typename Traits::Task& task, StreamWeights<Traits>& w, StreamCursor<Traits>& next,
+                                            RingPosition<Traits::kStages>& at, int warp, int lane) {
+  constexpr int kChains = kTiles == 1 ? 2 : 1;  // one tile alone: half the dependent chain
+  float sum[kChains][kTiles][4] = {};
+  const uint32_t rows_offset = (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32;
+  const bool used = (kTiles - 1) * 8 + (lane >> 2) < shared.chunk_rows[task.chunk];
+  for (int left = task.blocks; left > 0; left -= Traits::kGroupBlocks) {
+    if (next.left == 0 && !next.ended) next.next_task(shared, warp, lane);
+    const int count = min(left, Traits::kGroupBlocks), next_count = min(next.left, Traits::kGroupBlocks);
+    const uint32_t rows_address = ptx::smem_address(ring + at.stage * Traits::kStageBytes) + rows_offset;
+    const uint32_t last_tile = used ? rows_address + (kTiles - 1) * 8 * Traits::kRowPitch : ptx::smem_address(shared.zero_row);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows", task.chunk, left);
+    if (count == Traits::kGroupBlocks && next_count == Traits::kGroupBlocks)
+      stream_group<Traits, kTiles, kChains, true>(w, next, next_count, count, rows_address, last_tile, sum);
+    else
+      stream_group<Traits, kTiles, kChains, false>(w, next, next_count, count, rows_address, last_tile, sum);
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.rows_empty[at.stage]);
+    at.advance();
+    next.advance(next_count);
+  }
+#pragma unroll
+  for (int tile = 0; kChains > 1 && tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[0][tile][i] += sum[1 % kChains][tile][i];
+  stream_epilogue<Traits, kTiles>(args, shared, task, sum[0], warp, lane);
+}
+
+template <class Traits>
+__device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared, const uint8_t* ring) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  StreamWeights<Traits> w = {};
+  StreamCursor<Traits> next;
+  next.next_task(shared, warp, lane);
+  const int first_count = min(next.left, Traits::kGroupBlocks);
+#pragma unroll
+  for (int j = 0; j < Traits::kGroupBlocks; ++j)
+    if (j < first_count) stream_load(w, j, next.codes, next.scales, true);
+  next.advance(first_count);
+  RingPosition<Traits::kStages> at;
+  for (int slot = 0;; slot = (slot + 1) % Traits::kTaskSlots) {
+    const typename Traits::Task& task = shared.tasks[slot];
+    if (task.blocks == 0) return;
+    const auto run = [&](auto tiles) { stream_task<Traits, decltype(tiles)::value>(args, shared, ring, task, w, next, at, warp, lane); };
+    const int tiles = (shared.chunk_rows[task.chunk] + 7) / 8;
+    if (tiles == 1) run(std::integral_constant<int, 1>());
+    if (tiles == 2) run(std::integral_constant<int, 2>());
+    if (tiles == 3) run(std::integral_constant<int, 3>());
+    if (tiles == 4) run(std::integral_constant<int, 4>());
+    __syncwarp();
+    if (lane == 0) ptx::mbarrier_arrive(&shared.task_done[slot]);
+  }
+}
+
+// ---- service warps ----
+
+// A poll and a sleep: a hardware wait wakes at every arrival and takes issue slots from the math warps.
+__device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32_t parity) {
+  if (ptx::mbarrier_test_wait(barrier, parity)) return true;
+  __nanosleep(200);
+  return false;
+}
+
+// Draws tasks in order (fc1 of every chunk, then fc2 of every chunk; strips innermost), publishes them, copies their token rows.
+template <class Traits>
+__device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, int ticket) {
+  const int lane = threadIdx.x % 32;
+  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
+  const int per_chunk1 = Traits::tasks_of(strips1), per_chunk2 = Traits::tasks_of(strips2);
+  const int first2 = shared.num_chunks * per_chunk1, tasks = first2 + shared.num_chunks * per_chunk2;
+  RingPosition<Traits::kStages> at;
+  RingPosition<Traits::kTaskSlots> slot;
+  int ready_chunk = -1;
+  for (;; slot.advance()) {
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_free[slot.stage], slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
+    typename Traits::Task& task = shared.tasks[slot.stage];
+    if (ticket >= tasks) {
+      if (lane == 0) {
+        task.blocks = 0;
+        ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
+      }
+      return;
+    }
+    const bool is_fc2 = ticket >= first2;
+    const int w = is_fc2 ? ticket - first2 : ticket;
+    const int per_chunk = is_fc2 ? per_chunk2 : per_chunk1, strips = is_fc2 ? strips2 : strips1;
+    const int chunk = w / per_chunk, strip = (w - chunk * per_chunk) * Traits::kTaskStrips;
+    const int blocks = (is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
+    const int expert = shared.chunk_expert[chunk], rows = shared.chunk_rows[chunk];
+    const uint8_t* weights = (is_fc2 ? args.experts.fc2 : args.experts.fc1) + static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
+    uint32_t drawn = 0;
+    if (lane == 0) {
+      task.weights = weights;
+      task.blocks = blocks;
+      task.chunk = chunk;
+      task.strip = strip;
+      task.strips = strips;
+      task.is_fc2 = is_fc2;
+      ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
+      drawn = atomicAdd(args.ticket, 1);
+      task.alpha[0] = args.experts.alpha[expert * 3 + (is_fc2 ? 2 : 0)] * kMoeAlphaScale;
+      task.alpha[1] = args.experts.alpha[expert * 3 + 1] * kMoeAlphaScale;
+    }
+    if (is_fc2 && ready_chunk != chunk) {
+      if (load_acquire(&args.fc1_done[chunk]) < static_cast<uint32_t>(per_chunk1)) {  // few tokens: let L2 have the weights meanwhile
+        const uint32_t strip_bytes = blocks * kMoeBlockBytes;
+        if (lane < Traits::kTaskStrips && strip + lane < strips)
+          ptx::bulk_prefetch_l2(weights + static_cast<int64_t>(strip + lane) * strip_bytes, strip_bytes);
+      }
+      spin_until([&] { return load_acquire(&args.fc1_done[chunk]) >= static_cast<uint32_t>(per_chunk1); },
+                 "moe stream: h of a chunk", chunk, per_chunk1);
+      fence_proxy_async_all();  // h was written by ordinary stores, the copy engine reads it
+      ready_chunk = chunk;
+    }
+    const bf16* source = nullptr;
+    if (lane < rows) {
+      const int s = shared.slots[shared.chunk_first[chunk] + lane];
+      source = is_fc2 ? args.h + static_cast<int64_t>(s) * args.shape.inter
+                      : args.x + static_cast<int64_t>(s / args.shape.num_topk) * args.shape.hidden;
+    }
+    for (int block = 0; block < blocks; block += Traits::kGroupBlocks, at.advance()) {
+      const uint32_t bytes = min(Traits::kGroupBlocks, blocks - block) * 128;
+      spin_until([&] { return mbarrier_test_or_sleep(&shared.rows_empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows",
+                 chunk, block);
+      if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.rows_full[at.stage], bytes * rows);
+      __syncwarp();
+      if (lane < rows)
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + lane * Traits::kRowPitch, source + block * kMoeBlockCols, bytes,
+                       &shared.rows_full[at.stage]);
+    }
+    ticket = static_cast<int>(__shfl_sync(0xffffffffu, drawn, 0));
+  }
+}
+
+// Tells other CTAs of finished tasks: a release waits for all earlier stores, which no math warp should.
+template <class Traits>
+__device__ __forceinline__ void stream_publish(const MoeStreamArgs& args, typename Traits::Shared& shared) {
+  if (threadIdx.x % 32 != 0) return;
+  for (RingPosition<Traits::kTaskSlots> slot;; slot.advance()) {
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_full[slot.stage], slot.phase); }, "moe stream: task to publish", slot.stage, 0);
+    const typename Traits::Task& task = shared.tasks[slot.stage];
+    if (task.blocks == 0) return;
+    const bool is_fc2 = task.is_fc2;
+    const int chunk = task.chunk;
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_done[slot.stage], slot.phase); }, "moe stream: task done", chunk, is_fc2);
+    fence_proxy_async_all();
+    add_release(is_fc2 ? args.fc2_done : &args.fc1_done[chunk], 1);
+    ptx::mbarrier_arrive(&shared.task_free[slot.stage]);
+  }
+}
+
+__device__ __forceinline__ void add_bf16x8(float (&sum)[8], const uint4& v) {
+  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum[2 * i] += __uint_as_float(word[i] << 16);
+    sum[2 * i + 1] += __uint_as_float(word[i] & 0xffff0000u);
+  }
+}
+
+// y of this CTA's part of all (token, eight columns): the slots' outputs added in order of expert id.
+template <class Traits>
+__device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared) {
+  const int pieces = args.shape.hidden / 8, topk = args.shape.num_topk;
+  for (int i = blockIdx.x * Traits::kThreads + threadIdx.x; i < args.num_tokens * pieces; i += gridDim.x * Traits::kThreads) {
+    const int token = i / pieces, column = (i - token * pieces) * 8;
+    float sum[8] = {};
+#pragma unroll 6
+    for (int k = 0; k < topk; ++k) {
+      const int place = shared.order[token * topk + k];
+      if (place != 0xff)
+        add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(args.slot_y + static_cast<int64_t>(token * topk + place) * args.shape.hidden + column)));
+    }
+    const int64_t at = static_cast<int64_t>(token) * args.shape.hidden + column;
+    if (args.shared_y) add_bf16x8(sum, *reinterpret_cast<const uint4*>(args.shared_y + at));
+    uint32_t out[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = encode_bf16(sum[2 * j]).bits | uint32_t(encode_bf16(sum[2 * j + 1]).bits) << 16;
+    *reinterpret_cast<uint4*>(args.y + at) = make_uint4(out[0], out[1], out[2], out[3]);
+  }
 }
 
 #ifdef DSV4_MOE_TRACE  // nanosecond stamps [ctas, 8] for docs/kernels/moe_sm90.md
@@ -420,104 +393,62 @@ static __device__ unsigned long long moe_trace[256 * 8];
 #endif
 
 template <class Traits>
-__device__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, uint64_t* full, uint64_t* empty,
-                            int strips1, int strips2) {
-  const int group = threadIdx.x / 128, warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-  const int tasks = shared.num_chunks * (strips1 + strips2);
-  int first_stage = 0, count = 0;  // of the task, counted over all tasks of this CTA
-  [[maybe_unused]] bool stamped = false;
-  for (int v = blockIdx.x; v < tasks; v += gridDim.x, ++count) {
-    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
-#ifdef DSV4_MOE_TRACE
-    if (threadIdx.x == 0 && count == 1) DSV4_MOE_STAMP(3);
-    if (threadIdx.x == 0 && task.is_fc2 && !stamped) {
-      stamped = true;
-      DSV4_MOE_STAMP(4);
-    }
-#endif
-    const int buffer = count % Traits::kBuffers;
-    const uint32_t phase = (count / Traits::kBuffers) & 1;
-    float* partial = shared.partial[buffer];
-    if (Traits::kTiles > 1 && shared.chunk_rows[task.chunk] > 8)
-      stream_task_sums<Traits, Traits::kTiles>(ring, full, empty, task, group, warp, lane, first_stage, partial,
-                                               &shared.partial_empty[buffer], phase);
-    else
-      stream_task_sums<Traits, 1>(ring, full, empty, task, group, warp, lane, first_stage, partial, &shared.partial_empty[buffer], phase);
-    first_stage += (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
-    ptx::mbarrier_arrive(&shared.partial_full[buffer]);
-  }
-}
-
-template <class Traits>
-__device__ void stream_finish(const MoeStreamArgs& args, typename Traits::Shared& shared, int strips1, int strips2) {
-  const int warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
-  const int tasks = shared.num_chunks * (strips1 + strips2);
-  int buffer = 0;
-  uint32_t phase = 0;
-  for (int v = blockIdx.x; v < tasks; v += gridDim.x) {
-    const StreamTask task = stream_task(args, shared, v, strips1, strips2);
-    stream_epilogue<Traits>(args, shared, task, shared.partial[buffer], &shared.partial_full[buffer], &shared.partial_empty[buffer], phase,
-                            warp, lane);
-    if (++buffer == Traits::kBuffers) buffer = 0, phase ^= 1;
-  }
-}
-
-template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const __grid_constant__ MoeStreamArgs args) {
   extern __shared__ __align__(128) uint8_t smem[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(smem);
-  uint64_t* full = reinterpret_cast<uint64_t*>(smem + Traits::kRingOffset - 16 * 32);
-  uint64_t* empty = full + Traits::kStages;
   uint8_t* ring = smem + Traits::kRingOffset;
   const int warp = threadIdx.x / 32;
-  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(0);
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Traits::kStages; ++i) {
-      ptx::mbarrier_init(&full[i], 2);   // one arrival for weights, one for rows
-      ptx::mbarrier_init(&empty[i], 4);  // one per warp of the group that used it
+    for (int i = 0; i < Traits::kTaskSlots; ++i) {
+      ptx::mbarrier_init(&shared.task_full[i], 1);
+      ptx::mbarrier_init(&shared.task_done[i], Traits::kMathWarps);
+      ptx::mbarrier_init(&shared.task_free[i], 1);
     }
-    for (int i = 0; i < Traits::kBuffers; ++i) {
-      ptx::mbarrier_init(&shared.partial_full[i], 32 * Traits::kMathWarps);
-      ptx::mbarrier_init(&shared.partial_empty[i], 32 * Traits::kFinishWarps);
+    for (int i = 0; i < Traits::kStages; ++i) {
+      ptx::mbarrier_init(&shared.rows_full[i], 1);
+      ptx::mbarrier_init(&shared.rows_empty[i], Traits::kMathWarps);
     }
     ptx::fence_mbarrier_init();
   }
-  if (threadIdx.x == 0) DSV4_MOE_STAMP(0);
   ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(1);
+  uint32_t ticket = 0;
+  if (threadIdx.x == 32 * Traits::kMathWarps) ticket = atomicAdd(args.ticket, 1);
+  for (int i = threadIdx.x; i < Traits::kRowPitch / 4; i += Traits::kThreads) reinterpret_cast<uint32_t*>(shared.zero_row)[i] = 0;
   stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
   fence_proxy_async_all();  // the ring was scratch until here
   __syncthreads();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(2);
 
-  if (shared.num_chunks == 0) {  // nothing routed: y is the shared part alone
-    for (int strip = blockIdx.x; strip < strips2; strip += gridDim.x)
-      if (threadIdx.x < 128) stream_combine<Traits>(args, shared, strip, threadIdx.x);
-    return;
+  if (warp < Traits::kMathWarps) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kMathRegisters));
+    stream_math<Traits>(args, shared, ring);
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kServiceRegisters));
+    if (warp == Traits::kMathWarps) stream_produce<Traits>(args, shared, ring, static_cast<int>(__shfl_sync(0xffffffffu, ticket, 0)));
+    if (warp == Traits::kMathWarps + 1) stream_publish<Traits>(args, shared);
   }
-  constexpr int kFirstLoader = Traits::kMathWarps + Traits::kFinishWarps;
-  if (warp < Traits::kMathWarps)
-    stream_math<Traits>(args, shared, ring, full, empty, strips1, strips2);
-  else if (warp < kFirstLoader)
-    stream_finish<Traits>(args, shared, strips1, strips2);
-  else if (warp < kFirstLoader + Traits::kLoaders)
-    stream_load_weights<Traits>(args, shared, ring, full, empty, strips1, strips2, warp - kFirstLoader);
-  else
-    stream_load_rows<Traits>(args, shared, ring, full, empty, strips1, strips2, warp - kFirstLoader - Traits::kLoaders);
-  if (threadIdx.x == 0) DSV4_MOE_STAMP(5);
+
+  if (threadIdx.x == 0) {
+    DSV4_MOE_STAMP(3);
+    const uint32_t tasks = shared.num_chunks * Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
+    spin_until([&] { return load_acquire(args.fc2_done) >= tasks; }, "moe stream: all slot outputs", static_cast<int>(tasks), 0);
+    DSV4_MOE_STAMP(4);
+  }
+  __syncthreads();
+  stream_combine<Traits>(args, shared);
 
   // The last CTA to finish leaves the counters as it found them.
   __syncthreads();
-  if (threadIdx.x == 0) DSV4_MOE_STAMP(6);
+  if (threadIdx.x == 0) DSV4_MOE_STAMP(5);
   if (threadIdx.x == 0) shared.exit_flag = add_acq_rel(args.exited, 1);
   __syncthreads();
-  if (threadIdx.x == 0) DSV4_MOE_STAMP(7);
   if (shared.exit_flag != gridDim.x - 1) return;
   for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
-  for (int i = threadIdx.x; i < strips2; i += Traits::kThreads) args.fc2_done[i] = 0;
-  if (threadIdx.x == 0) *args.exited = 0;
+  if (threadIdx.x == 0) *args.fc2_done = 0, *args.ticket = 0, *args.exited = 0;
 }
 
 }  // namespace dsv4::sm90

@@ -1,4 +1,4 @@
-// Where the parts of the caller's MoE workspace lie. The counters of the streaming tier come first and are nobody else's.
+// Where the parts of the caller's MoE workspace lie. The counters of the ring and the streaming tier come first and are nobody else's.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 namespace dsv4 {
 
 struct MoeWorkspace {
-  // streaming tier; zero before the first call (init_moe_workspace), left zero by every call
-  int64_t fc1_done = 0, fc2_done = 0, exited = 0, counter_bytes = 0;
+  // ring and streaming tier; zero before the first call (init_moe_workspace), left zero by every call
+  int64_t fc1_done = 0, fc2_done = 0, exited = 0, ticket_stream = 0, counter_bytes = 0;
   // scratch
-  int64_t h = 0, slot_y = 0;                                            // both tiers
+  int64_t h = 0, slot_y = 0;                                            // all tiers
   int64_t tiles = 0, num_tiles = 0, expert_rows = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0, x_rows = 0;  // tiled
   int64_t h_wide = 0, x_global = 0, h_global = 0;                       // tiled, a4
   int64_t shared_h = 0, shared_y = 0;                                   // shared expert
@@ -32,9 +32,10 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
   w.fc1_done = take(sm90::kStreamMaxSlots * 4);
   w.fc2_done = take(moe_fc2_strips(in.hidden) * 4);
   w.exited = take(4);
+  w.ticket_stream = take(4);
   w.counter_bytes = at;
   w.slot_y = take(slots * in.hidden * 2);
-  if (tier == MoeTier::kStream) {
+  if (tier != MoeTier::kTiled) {
     w.h = take(slots * in.inter * 2);
   } else {
     const int64_t rows = sm90::moe_max_rows(slots, in.num_experts), tiles = sm90::moe_max_tiles(slots, in.num_experts);
