@@ -10,8 +10,8 @@ namespace dsv4 {
 namespace {
 
 // Crossovers, measured in docs/kernels/moe_sm90.md.
-constexpr int64_t kStreamMinTasksPerCta = 3;      // fewer fc1 tasks: the streaming tier leaves CTAs without work
-constexpr int64_t kStreamMaxRowsPerExpert = 8;    // more on average: decoding a weight once per 32 rows costs more than tiles do
+constexpr double kStreamMinTasksPerCta = 2.5;     // fewer fc1 tasks: the streaming tier leaves CTAs without work
+constexpr int64_t kStreamMaxRowsPerExpert = 7;    // more on average: its decoding and LDS per token row cost more than tiles do
 
 }  // namespace
 
@@ -32,7 +32,7 @@ MoePlan plan_moe(const MoePlanInput& in) {
   if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots) {
     plan.tier = MoeTier::kTiled;  // prefill; every a4 call
     plan.split_launch = in.act == ActFormat::kNvfp4;
-  } else if (fc1_tasks < kStreamMinTasksPerCta * plan.ctas && slots <= sm90::kRingMaxSlots) {
+  } else if (static_cast<double>(fc1_tasks) < kStreamMinTasksPerCta * plan.ctas && slots <= sm90::kRingMaxSlots) {
     plan.tier = MoeTier::kRing;  // one to three tokens: latency
   } else {
     plan.tier = MoeTier::kStream;  // decode batches: bandwidth

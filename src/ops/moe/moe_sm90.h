@@ -27,7 +27,7 @@ constexpr int kMoeMaxExperts = 1024;
 // ---- ring and streaming tier: everything in one launch, few rows per expert ----
 
 constexpr int kRingMaxSlots = 1024;    // num_tokens * num_topk
-constexpr int kStreamMaxSlots = 3072;
+constexpr int kStreamMaxSlots = 2048;
 
 // Counters in the workspace: zero before the first launch, zero again after every launch.
 struct MoeStreamArgs {
