@@ -2,7 +2,12 @@
 #include "checkpoint/synth.h"
 
 #include <algorithm>
+#include <condition_variable>
+#include <deque>
+#include <exception>
 #include <filesystem>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #include "base/check.h"
@@ -165,6 +170,68 @@ std::string shard_name(size_t shard, size_t num_shards) {
   return fmt::format("model-{:05}-of-{:05}.safetensors", shard + 1, num_shards);
 }
 
+// Appends to a weight file on a thread of its own, so that the next piece is made while this one waits for the disk.
+class BackgroundAppender {
+ public:
+  explicit BackgroundAppender(SafetensorsWriter& writer) : writer_(writer), thread_([this] { run(); }) {}
+  ~BackgroundAppender() { stop(); }
+
+  void push(std::vector<std::byte> piece) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return pieces_.size() < kMaxPieces || error_; });
+    rethrow();
+    pieces_.push_back(std::move(piece));
+    changed_.notify_all();
+  }
+  // Everything is in the writer, or the error of the first append that failed is thrown.
+  void finish() {
+    stop();
+    rethrow();
+  }
+
+ private:
+  static constexpr size_t kMaxPieces = 3;
+
+  void run() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return !pieces_.empty() || stopping_; });
+      if (pieces_.empty() || error_) return;
+      const std::vector<std::byte> piece = std::move(pieces_.front());
+      lock.unlock();
+      std::exception_ptr error;
+      try {
+        writer_.append(piece.data(), piece.size());
+      } catch (...) {
+        error = std::current_exception();
+      }
+      lock.lock();
+      error_ = error;
+      pieces_.pop_front();
+      changed_.notify_all();
+    }
+  }
+  void stop() {
+    {
+      const std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    changed_.notify_all();
+    if (thread_.joinable()) thread_.join();
+  }
+  void rethrow() {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  SafetensorsWriter& writer_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::vector<std::byte>> pieces_;
+  std::exception_ptr error_;
+  bool stopping_ = false;
+  std::thread thread_;  // last: it uses the others
+};
+
 void make_empty_folder(const fs::path& folder) {
   std::error_code error;
   if (fs::exists(folder, error)) {
@@ -304,12 +371,14 @@ SynthResult write_synth_checkpoint(const std::string& dst, const SynthOptions& o
       weight_map[part.spec.name] = shard_name(i, shards.size());
     }
     SafetensorsWriter writer((folder / shard_name(i, shards.size())).string(), specs, {{"format", "pt"}});
+    BackgroundAppender appender(writer);
     for (const SynthPart& part : shards[i])
-      encoder.encode(part, [&](const void* data, uint64_t bytes) {
-        writer.append(data, bytes);
-        bytes_done += static_cast<int64_t>(bytes);
+      encoder.encode(part, [&](std::vector<std::byte> piece) {
+        bytes_done += static_cast<int64_t>(piece.size());
+        appender.push(std::move(piece));
         if (options.progress) options.progress(bytes_done, result.bytes);
       });
+    appender.finish();
     writer.finish();
   }
 

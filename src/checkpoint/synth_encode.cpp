@@ -7,6 +7,7 @@
 #include "base/check.h"
 #include "base/math.h"
 #include "checkpoint/checkpoint.h"
+#include "checkpoint/synth_loops.h"
 #include "codec/fp8_block.h"
 #include "codec/mxfp4.h"
 
@@ -25,8 +26,7 @@ StoredFormat stored_as(const LogicalTensor& tensor, SynthVariant variant) {
 }
 
 bool needs_global(SynthPartKind kind) {
-  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kNvfp4Scales ||
-         kind == SynthPartKind::kGlobalScale || kind == SynthPartKind::kGlobalScaleRcp;
+  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kGlobalScale || kind == SynthPartKind::kGlobalScaleRcp;
 }
 
 float tile_amax(const std::vector<float>& values, int64_t num_rows, int64_t cols, int64_t tile) {
@@ -90,33 +90,37 @@ SynthEncoder::SynthEncoder(const ModelConfig& config, const SynthOptions& option
       pool_(options.num_threads),
       scratch_(static_cast<size_t>(pool_.num_threads())) {}
 
-void SynthEncoder::encode(const SynthPart& part, const std::function<void(const void*, uint64_t)>& sink) {
+void SynthEncoder::encode(const SynthPart& part, const std::function<void(std::vector<std::byte>)>& sink) {
+  if (part.kind == SynthPartKind::kNvfp4Scales) {
+    DSV4_CHECK(part.tensor->name == sf_owner_, "{}: scale factors before the codes", part.spec.name);
+    sf_owner_.clear();
+    return sink(std::move(sf_));
+  }
   const SynthSource source(seed_, *part.tensor, config_);
   const GlobalScale global = needs_global(part.kind) ? global_scale(*part.tensor) : GlobalScale{1.0f};
+  if (part.kind == SynthPartKind::kNvfp4Codes) {
+    sf_owner_ = part.tensor->name;
+    sf_.resize(static_cast<size_t>(source.rows() * source.cols() / kNvfp4GroupSize));
+  }
   const int64_t unit_rows = part.rows_per_unit();
   const int64_t num_units = ceil_div(part.rows(), unit_rows);
   const int64_t units_per_chunk = std::max<int64_t>(1, kChunkBytes / (unit_rows * part.row_bytes()));
   for (int64_t first = 0; first < num_units; first += units_per_chunk) {
     const int64_t count = std::min(units_per_chunk, num_units - first);
     const int64_t rows = std::min(part.rows(), (first + count) * unit_rows) - first * unit_rows;
-    chunk_.resize(static_cast<size_t>(rows * part.row_bytes()));
+    std::vector<std::byte> chunk(static_cast<size_t>(rows * part.row_bytes()));
     pool_.parallel_for_with_thread(count, [&](int64_t unit, int thread) {
-      encode_unit(part, source, global, first + unit, chunk_.data() + unit * unit_rows * part.row_bytes(),
+      encode_unit(part, source, global, first + unit, chunk.data() + unit * unit_rows * part.row_bytes(),
                   scratch_[static_cast<size_t>(thread)]);
     });
-    sink(chunk_.data(), static_cast<uint64_t>(chunk_.size()));
+    sink(std::move(chunk));
   }
 }
 
 float SynthEncoder::amax_of(const LogicalTensor& tensor) {
   const SynthSource source(seed_, tensor, config_);
   std::vector<float> row_amax(static_cast<size_t>(source.rows()));
-  pool_.parallel_for_with_thread(source.rows(), [&](int64_t row, int thread) {
-    std::vector<float>& values = scratch_[static_cast<size_t>(thread)];
-    values.resize(static_cast<size_t>(source.cols()));
-    source.fill_row(row, values.data());
-    row_amax[static_cast<size_t>(row)] = group_amax(values.data(), static_cast<int>(source.cols()));
-  });
+  pool_.parallel_for(source.rows(), [&](int64_t row) { row_amax[static_cast<size_t>(row)] = source.row_amax(row); });
   return *std::max_element(row_amax.begin(), row_amax.end());
 }
 
@@ -145,7 +149,7 @@ float SynthEncoder::input_scale(const LogicalTensor& tensor) const {
 }
 
 void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit,
-                               std::byte* out_bytes, std::vector<float>& values) const {
+                               std::byte* out_bytes, std::vector<float>& values) {
   auto* out = reinterpret_cast<uint8_t*>(out_bytes);
   const auto put_float = [out](float value) { std::memcpy(out, &value, sizeof(value)); };
   switch (part.kind) {
@@ -178,10 +182,7 @@ void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source,
       std::memcpy(out, x, static_cast<size_t>(cols) * sizeof(float));
       break;
     case SynthPartKind::kBf16:
-      for (int64_t i = 0; i < cols; ++i) {
-        const bf16 value = encode_bf16(x[i]);
-        std::memcpy(out + 2 * i, &value, 2);
-      }
+      synth_encode_bf16(x, cols, reinterpret_cast<uint16_t*>(out));
       break;
     case SynthPartKind::kMxfp4Codes:
       for (int64_t begin = 0; begin < cols; begin += kMxfp4GroupSize) {
@@ -195,12 +196,7 @@ void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source,
         out[i / kMxfp4GroupSize] = fp4_block_scale(group_amax(x + i, kMxfp4GroupSize));
       break;
     case SynthPartKind::kNvfp4Codes:
-      for (int64_t i = 0; i < cols; i += kNvfp4GroupSize)
-        std::memcpy(out + i / 2, encode_nvfp4_weight_group(x + i, global).codes, kNvfp4GroupSize / 2);
-      break;
-    case SynthPartKind::kNvfp4Scales:
-      for (int64_t i = 0; i < cols; i += kNvfp4GroupSize)
-        out[i / kNvfp4GroupSize] = nvfp4_weight_sf(group_amax(x + i, kNvfp4GroupSize), global);
+      synth_nvfp4_row(x, cols, global, out, reinterpret_cast<uint8_t*>(sf_.data()) + unit * (cols / kNvfp4GroupSize));
       break;
     default:
       DSV4_CHECK(false, "part kind {}", static_cast<int>(part.kind));

@@ -54,15 +54,15 @@ class SynthEncoder {
  public:
   SynthEncoder(const ModelConfig& config, const SynthOptions& options);
 
-  // Calls sink(data, bytes) for consecutive pieces of the part.
-  void encode(const SynthPart& part, const std::function<void(const void*, uint64_t)>& sink);
+  // Calls sink(piece) for consecutive pieces of the part; the sink may keep them.
+  void encode(const SynthPart& part, const std::function<void(std::vector<std::byte>)>& sink);
 
  private:
   float amax_of(const LogicalTensor& tensor);
   GlobalScale global_scale(const LogicalTensor& tensor);
   float input_scale(const LogicalTensor& tensor) const;
   void encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit, std::byte* out,
-                   std::vector<float>& values) const;
+                   std::vector<float>& values);
   void encode_fp8_tiles(SynthPartKind kind, const SynthSource& source, int64_t tile_row, uint8_t* out,
                         std::vector<float>& values) const;
 
@@ -71,7 +71,9 @@ class SynthEncoder {
   uint64_t seed_;
   ThreadPool pool_;
   std::vector<std::vector<float>> scratch_;  // [num_threads]
-  std::vector<std::byte> chunk_;
+  // Scale factors of the NVFP4 matrix whose codes were made last: they come out of the same pass and follow in the file.
+  std::vector<std::byte> sf_;
+  std::string sf_owner_;
   std::unordered_map<std::string, GlobalScale> globals_;
 };
 

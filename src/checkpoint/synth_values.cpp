@@ -4,30 +4,16 @@
 #include <algorithm>
 #include <cmath>
 
-#include "codec/bf16.h"
+#include "base/check.h"
+#include "checkpoint/synth_loops.h"
 
 namespace dsv4 {
 namespace {
 
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15ull;
-
-uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 uint64_t key_of(uint64_t seed, const std::string& name) {
-  uint64_t hash = 0xcbf29ce484222325ull ^ mix(seed + kGolden);  // FNV-1a, start moved by the seed
+  uint64_t hash = 0xcbf29ce484222325ull ^ synth_mix(seed + kSynthGolden);  // FNV-1a, start moved by the seed
   for (unsigned char byte : name) hash = (hash ^ byte) * 0x100000001b3ull;
-  return mix(hash);
-}
-
-// Sum of four 16-bit uniforms: near enough to a normal, and exact integer arithmetic up to one rounding.
-float normal(uint64_t bits) {
-  const int64_t sum =
-      static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
-  return static_cast<float>(sum - 131070) * (1.0f / 37837.0f);  // 65536 / sqrt(3)
+  return synth_mix(hash);
 }
 
 bool ends_with(const std::string& text, std::string_view end) { return std::string_view(text).ends_with(end); }
@@ -60,21 +46,22 @@ SynthSource::SynthSource(uint64_t seed, const LogicalTensor& tensor, const Model
 }
 
 void SynthSource::fill_row(int64_t row, float* out) const {
-  const uint64_t first = static_cast<uint64_t>(row * cols_);
-  for (int64_t col = 0; col < cols_; ++col) {
-    const float value = mean_ + deviation_ * normal(mix(key_ + (first + static_cast<uint64_t>(col)) * kGolden));
-    out[col] = round_ ? round_bf16(value) : value;
-  }
+  synth_normals(key_, static_cast<uint64_t>(row * cols_), cols_, mean_, deviation_, round_, out);
   for (int stream = 0; stream < comb_streams_; ++stream) out[2 * comb_streams_ + stream * (comb_streams_ + 1)] += 2.0f;
+}
+
+float SynthSource::row_amax(int64_t row) const {
+  DSV4_CHECK(mean_ == 0.0f && comb_streams_ == 0, "amax of values that are not centred");
+  return synth_normals_amax(key_, static_cast<uint64_t>(row * cols_), cols_, deviation_, round_);
 }
 
 void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk,
                            int64_t* out) {
-  const uint64_t key = key_of(seed, name) + static_cast<uint64_t>(token) * kGolden;
+  const uint64_t key = key_of(seed, name) + static_cast<uint64_t>(token) * kSynthGolden;
   // Floyd's sampling: distinct without retries.
   for (int k = 0; k < num_topk; ++k) {
     const int64_t bound = num_experts - num_topk + k;
-    const int64_t pick = static_cast<int64_t>(mix(key + static_cast<uint64_t>(k) * 0xd1342543de82ef95ull) %
+    const int64_t pick = static_cast<int64_t>(synth_mix(key + static_cast<uint64_t>(k) * 0xd1342543de82ef95ull) %
                                               static_cast<uint64_t>(bound + 1));
     out[k] = std::find(out, out + k, pick) == out + k ? pick : bound;
   }
