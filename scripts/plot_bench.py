@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Draws the JSON of `dsv4 bench --json` as one SVG: achieved GFLOP/s over rows, one line per case, with the machine's roof.
+"""Draws the JSON of a bench as one SVG: achieved GFLOP/s over rows, one line per case, with the machine's roof.
 
 usage: dsv4 bench gemm --json > gemm.json; scripts/plot_bench.py gemm.json [more.json ...] -o docs/kernels/gemm.svg
+       dsv4 bench moe --backend cuda --json > moe.json; scripts/plot_bench.py moe.json -o docs/kernels/moe_sm90.svg
+The MoE bench on CUDA (also the JSON lines of dsv4_bench_gpu_moe) is drawn as time over tokens, with the floor of each case.
 Needs nothing but Python: the SVG is written by hand. Both axes are logarithmic.
 """
 import argparse
@@ -12,6 +14,33 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 70, 280, 40, 50
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"]
+
+
+def load_moe(path):
+    """Documents of the CUDA MoE bench -> its rows and ceilings, or None for any other file."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if text.startswith('{"'):  # lines: ceilings, then rows
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        ceilings = next((line for line in lines if line["op"] == "moe_ceilings"), None)
+        return [line for line in lines if line["op"] == "moe"], ceilings
+    document = json.loads(text)
+    if document.get("backend") != "cuda":
+        return None
+    return document["results"], document["ceilings"]
+
+
+def load_moe_series(paths):
+    """-> ({label: [(tokens, us, floor)]}, title)."""
+    series, titles = {}, []
+    for path in paths:
+        rows, ceilings = load_moe(path)
+        if ceilings:
+            titles.append(f"{ceilings['device']}: read stream {ceilings['read_gb_s']:.0f} GB/s, BF16 matmul {ceilings['matmul_tflops']:.0f} TFLOP/s")
+        for row in rows:
+            label = f"{row['shape']} {row['routing']} {row['act']}" + ("" if row["tier"] == "auto" else f" {row['tier']}")
+            series.setdefault(label, []).append((row["tokens"], row["us"], row["floor_us"]))
+    return {label: sorted(points) for label, points in series.items()}, "; ".join(dict.fromkeys(titles)) or "MoE layer"
 
 
 def load_series(paths):
@@ -47,7 +76,7 @@ def ticks(low, high, factors):
         power *= 10
 
 
-def draw(series, title):
+def draw(series, title, x_name, y_name):
     rows = [r for points in series.values() for r, _, _ in points]
     speeds = [s for points in series.values() for _, g, roof in points for s in (g, roof)]
     x = log_scale(min(rows), max(rows), LEFT, WIDTH - RIGHT)
@@ -55,8 +84,8 @@ def draw(series, title):
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" font-size="12">',
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
            f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
-           f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">rows of activations</text>',
-           f'<text x="16" y="{HEIGHT / 2}" transform="rotate(-90 16 {HEIGHT / 2})" text-anchor="middle">GFLOP/s</text>']
+           f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{x_name}</text>',
+           f'<text x="16" y="{HEIGHT / 2}" transform="rotate(-90 16 {HEIGHT / 2})" text-anchor="middle">{y_name}</text>']
     for value in sorted(set(rows)):
         out.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#eee"/>'
                    f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value}</text>')
@@ -81,11 +110,12 @@ def main():
     parser.add_argument("inputs", nargs="+", help="JSON files of dsv4 bench --json")
     parser.add_argument("-o", "--output", required=True, help="SVG to write")
     args = parser.parse_args()
-    series, title = load_series(args.inputs)
+    is_moe = load_moe(args.inputs[0]) is not None
+    series, title = load_moe_series(args.inputs) if is_moe else load_series(args.inputs)
     if not series:
         sys.exit("no results in the input")
     with open(args.output, "w", encoding="utf-8") as file:
-        file.write(draw(series, title))
+        file.write(draw(series, title, *(("tokens", "us") if is_moe else ("rows of activations", "GFLOP/s"))))
 
 
 if __name__ == "__main__":

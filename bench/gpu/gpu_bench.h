@@ -4,7 +4,8 @@
 //
 // Timing: a graph holds `copies` launches, each on buffers of its own (together larger than L2 for the streaming cases);
 // after warm-up the graph is replayed `kReplays` times between events; the median of time / copies is reported. Launch gaps are
-// inside, CPU launch cost is not. Decode-sized cases are timed hot (the data stays in L2) and say so.
+// inside, CPU launch cost is not; bandwidth cases are timed with PDL too. Short calls cannot reach the ceiling of a 2 GiB copy, so the
+// time of a copy of their own size stands beside them. Decode-sized cases are timed hot (the data stays in L2) and say so.
 #pragma once
 
 #include <algorithm>
@@ -28,6 +29,8 @@ struct Result {
   std::string ceiling;    // "copy", "read" or ""
   double share = 0;       // of the ceiling measured in this run
   std::string note;
+  double pdl_us = 0;      // bandwidth cases: launched with PDL, so that each call's start hides behind its predecessor
+  double same_size_us = 0;  // bandwidth cases: a copy that moves as many bytes, rotated and launched the same way (no PDL)
 };
 
 class Bench {
@@ -51,6 +54,7 @@ class Bench {
 
  private:
   void measure_ceilings();
+  double same_size_copy_us(double bytes, int copies);
 
   gpu::Stream stream_;
   GpuContext context_;
@@ -59,6 +63,7 @@ class Bench {
   bool quick_ = false;
   double copy_ = 0, own_copy_ = 0, read_ = 0, launch_us_ = 0, launch_pdl_us_ = 0;
   std::vector<Result> results_;
+  std::vector<std::pair<std::pair<int64_t, int>, double>> same_size_;  // (bytes, copies) -> us
 };
 
 // Pseudo-random bytes, never zeros: any value of any format except that bit patterns of one kind can be masked out.

@@ -1,9 +1,10 @@
 // The MoE layer from separate operations, each a launch of its own: route, quantise, gather, GEMM, SwiGLU and quantise, GEMM,
 // combine. Weights are decoded to BF16 in global memory first (e2m1 * sf is exact in BF16).
 //
-// The GEMM is plain but for one thing: it multiplies with wgmma m64nNk16 in the order of the fused tiled kernel (blocks of 64
-// columns, inside a block the column order of moe_layout.h), so that its sums are the fused kernel's bit for bit and the
-// quantised h can be compared as bytes. N does not matter: a sum sees its own row and column only.
+// The GEMM is plain but for one thing: it multiplies with the matrix instruction of the fused tiled kernel (wgmma m64nNk16, or
+// mma.sync m16n8k16 for an expert whose tiles are tiny) in its order (blocks of 64 columns, inside a block the column order of
+// moe_layout.h), so that its sums are the fused kernel's bit for bit and the quantised h can be compared as bytes. N does not
+// matter: a sum sees its own row and column only.
 #pragma once
 
 #include "gpu/context.h"
@@ -51,6 +52,12 @@ __global__ inline void unfused_gather(const bf16* x, const int32_t* row_token, i
   for (int c = threadIdx.x; c < cols; c += blockDim.x) out[row * cols + c] = token < 0 ? bf16{0} : x[token * cols + c];
 }
 
+__device__ inline void unfused_mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // y[row, :] = bf16(w x * (alpha[e] * row_global[row])) for the rows of expert e = blockIdx.z. 128 threads: 64 weight rows
 // (blockIdx.x) times tiles of 64 token rows (blockIdx.y, striding). row_target: where a row goes, or nullptr: to itself.
 __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const float* alpha, const bf16* x, const float* row_global,
@@ -62,9 +69,22 @@ __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const 
   const int weight_row = blockIdx.x * 64 + warp * 16 + g;
   const uint32_t* low = reinterpret_cast<const uint32_t*>(w + (int64_t(e) * rows + weight_row) * cols);
   const uint32_t* high = low + int64_t(8) * (cols / 2);
+  const bool tiny = sm90::moe_tile_list(sm90::moe_tile_step(end - begin)) == sm90::TileList::kTiny;
   for (int first = begin + blockIdx.y * 64; first < end; first += gridDim.y * 64) {
     float sum[32] = {};
-    for (int k = 0; k < cols; k += 64) {
+    if (tiny) {
+      for (int k = 0; k < cols; k += 64)
+        for (int step = 0; step < 4; ++step) {
+          const int at = k / 2 + 8 * t + 2 * step;
+          const uint32_t a[4] = {low[at], high[at], low[at + 1], high[at + 1]};
+#pragma unroll
+          for (int tile = 0; tile < 8; ++tile) {
+            const uint32_t* row = reinterpret_cast<const uint32_t*>(x + int64_t(min(first + tile * 8 + g, end - 1)) * cols) + at;
+            unfused_mma(&sum[tile * 4], a, row[0], row[1]);
+          }
+        }
+    }
+    for (int k = 0; !tiny && k < cols; k += 64) {
       __syncthreads();
       for (int i = thread; i < 64 * 8; i += 128) {
         const int r = i / 8, chunk = i % 8;

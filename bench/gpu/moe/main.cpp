@@ -2,7 +2,7 @@
 //
 //   dsv4_bench_gpu_moe [--quick] [--json FILE]   ceilings, then the Flash layer (scripts/gpu_check.sh)
 //   dsv4_bench_gpu_moe time SHAPE [--only T,..] [--routing uniform,zipf] [--tier auto,ring,stream,tiled] [--act a16|a4]
-//                        [--samples N] [--read 0|1] [--parts 0|1] [--ceilings 0|1] [--json FILE]
+//                        [--samples N] [--read 0|1] [--parts 0|1] [--shared 0|1] [--ceilings 0|1] [--json FILE]
 //   dsv4_bench_gpu_moe check [seed]        many shapes, token counts and routings, every tier, a16 and a4
 //   dsv4_bench_gpu_moe fuzz N [SHAPE]      N random (T, routing) cases
 //   dsv4_bench_gpu_moe run SHAPE T TIER    three plain launches, for profilers
@@ -88,6 +88,8 @@ int run_mode(const std::vector<std::string>& args) {
       options.read_only = value == "1";
     } else if (key == "--parts") {
       options.parts = value == "1";
+    } else if (key == "--shared") {
+      options.shared = value == "1";
     } else if (key == "--ceilings") {
       ceilings = value == "1";
     } else if (key == "--json") {

@@ -43,6 +43,7 @@ struct MoeTimeOptions {
   std::vector<std::string> routings{"uniform", "zipf"};
   std::vector<std::string> tiers{"auto"};  // auto, ring, stream, tiled
   bool a4 = false;
+  bool shared = false;     // with the FP8 shared expert; its own time alone as well
   bool read_only = true;   // also time a kernel that only reads the same weights
   bool parts = false;      // ring and streaming tier: also their loads without arithmetic and the reverse
   int samples = 30;
@@ -57,6 +58,7 @@ struct MoeTimeRow {
   double gb_per_s = 0, tflop_per_s = 0;
   double read_us = 0;                  // the stream-only kernel
   double loads_us = 0, math_us = 0;
+  double shared_us = 0;                // the shared expert's launches alone, if it is part of the layer
 };
 nlohmann::json to_json(const MoeTimeRow& row);
 void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const std::function<void(const MoeTimeRow&)>& report);

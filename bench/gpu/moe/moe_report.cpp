@@ -28,7 +28,8 @@ nlohmann::json to_json(const MoeTimeRow& r) {
           {"tflop_per_s", r.tflop_per_s},
           {"read_us", r.read_us},
           {"loads_us", r.loads_us},
-          {"math_us", r.math_us}};
+          {"math_us", r.math_us},
+          {"shared_us", r.shared_us}};
 }
 
 std::string moe_ceilings_line(const MoeCeilings& c) {
@@ -37,14 +38,14 @@ std::string moe_ceilings_line(const MoeCeilings& c) {
                      c.matmul_tflops > 0 ? fmt::format("{:.0f} TFLOP/s ({})", c.matmul_tflops, c.matmul_library) : "not measured: " + c.matmul_library);
 }
 std::string moe_table_head() {
-  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>5} {:>5} {:>9} {:>8} {:>6} {:>7} {:>7} {:>9}{:>9}{:>9}", "shape", "routing", "tier", "act", "T", "experts",
-                     "most", "us", "floor", "share", "GB/s", "TFLOP/s", "read us", "loads us", "math us");
+  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>5} {:>5} {:>9} {:>8} {:>6} {:>7} {:>7} {:>9}{:>9}{:>9}{:>10}", "shape", "routing", "tier", "act", "T", "experts",
+                     "most", "us", "floor", "share", "GB/s", "TFLOP/s", "read us", "loads us", "math us", "shared us");
 }
 std::string moe_table_line(const MoeTimeRow& r) {
   const auto or_dash = [](double us) { return us > 0 ? fmt::format("{:.1f}", us) : std::string("-"); };
-  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>7.1f} {:>5.0f} {:>9.1f} {:>8.1f} {:>5.1f}% {:>6.0f} {:>7.1f} {:>9}{:>9}{:>9}", r.shape, r.routing, r.tier, r.act,
+  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>7.1f} {:>5.0f} {:>9.1f} {:>8.1f} {:>5.1f}% {:>6.0f} {:>7.1f} {:>9}{:>9}{:>9}{:>10}", r.shape, r.routing, r.tier, r.act,
                      r.tokens, r.activated, r.largest, r.us, r.floor_us, 100 * r.floor_us / r.us, r.gb_per_s, r.tflop_per_s, or_dash(r.read_us),
-                     or_dash(r.loads_us), or_dash(r.math_us));
+                     or_dash(r.loads_us), or_dash(r.math_us), or_dash(r.shared_us));
 }
 
 }  // namespace dsv4::bench

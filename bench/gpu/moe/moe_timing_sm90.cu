@@ -93,12 +93,18 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
   const CaseShape& s = shape_named(options.shape);
   const ExpertSet m = make_experts(s, 11, ScaleRange::kMiddle, stream.get());
   DSV4_GPU_REQUIRE("moe_bench", m.wrong_weights == 0, "%llu packed weights decode to another value", m.wrong_weights);
+  // Six shared experts in turn: more than L2 holds.
+  std::vector<SharedExpert> shared;
+  for (int i = 0; options.shared && i < 6; ++i) {
+    shared.push_back(make_shared_expert(s.hidden, s.inter, 100 + 10 * i, stream.get()));
+    DSV4_GPU_REQUIRE("moe_bench", shared.back().wrong_weights == 0, "%llu shared weights decode to another value", shared.back().wrong_weights);
+  }
   DeviceBuffer flush(384 << 20);
   gpu::fill(flush.data(), 1, flush.bytes(), stream.get());
   for (const std::string& routing : options.routings)
     for (const int64_t tokens : options.tokens)
       for (const std::string& tier_name : options.tiers) {
-        const Tier tier{tier_name, options.a4 ? ActFormat::kNvfp4 : ActFormat::kBf16};
+        const Tier tier{tier_name, options.a4 ? ActFormat::kNvfp4 : ActFormat::kBf16, 0, options.shared ? s.inter : 0};
         const MoePlan plan = make_plan(s, tokens, tier);
         if (tokens * s.topk > moe_tier_max_slots(plan.tier)) continue;
         const int copies = tokens <= 1 ? 16 : tokens <= 8 ? 12 : tokens <= 64 ? 6 : tokens <= 256 ? 4 : tokens <= 1024 ? 3 : 2;
@@ -119,7 +125,18 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
         }
         DeviceBuffer workspace(plan.workspace_bytes);
         init_moe_workspace(workspace.data(), plan_input(s, tokens, tier), stream.get());
-        row.us = moe_median_us(stream, flush, copies, options.samples, 0.3, [&](int i, cudaStream_t on) { run_layer(m, layers[i], tier, plan, workspace, on); });
+        row.us = moe_median_us(stream, flush, copies, options.samples, 0.3, [&](int i, cudaStream_t on) {
+          MoeGpuArgs args = layer_args(m, layers[i], Tier{tier_name, tier.act}, workspace);
+          if (options.shared) args.shared = shared[i % shared.size()].packed();
+          moe_gpu(args, plan, on);
+        });
+        if (options.shared) {
+          DeviceBuffer h(tokens * s.inter * 2);
+          row.shared_us = moe_median_us(stream, flush, std::max(copies, 6), options.samples, 0.1, [&](int i, cudaStream_t on) {
+            const Layer& l = layers[i % layers.size()];
+            sm90::launch_moe_shared({shared[i % shared.size()].packed(), l.x.as<bf16>(), h.as<bf16>(), l.y.as<bf16>(), tokens, s.hidden, 10.0f}, on);
+          });
+        }
         if (options.read_only) {
           std::vector<DeviceBuffer> lists;
           for (const auto& list : activated) {
@@ -153,10 +170,11 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
 #endif
         }
         const double weights = row.activated * 3.0 * s.hidden * s.inter * 0.5625;
+        const double shared_weights = options.shared ? 3.0 * s.hidden * s.inter * sm90::kMoeFp8BlockBytes / 4096.0 : 0;
         const double traffic = tokens * 4.0 * s.hidden + tokens * double(s.topk) * (4.0 * s.inter + 4.0 * s.hidden);
-        const double flops = 6.0 * s.hidden * s.inter * s.topk * tokens;
+        const double flops = 6.0 * s.hidden * s.inter * (s.topk + (options.shared ? 1 : 0)) * tokens;
         const auto floor = [&](double gb_s, double tflops) {
-          return std::max((weights + traffic) / gb_s * 1e-3, tflops > 0 ? flops / tflops * 1e-6 : 0.0);
+          return std::max((weights + shared_weights + traffic) / gb_s * 1e-3, tflops > 0 ? flops / tflops * 1e-6 : 0.0);
         };
         row.floor_us = floor(ceilings.read_gb_s, ceilings.matmul_tflops);
         row.nominal_floor_us = floor(4600, 790);
