@@ -20,6 +20,7 @@ struct BenchFlags {
   std::string backend = "cpu";
   std::vector<std::string> routings{"uniform", "zipf"};
   int threads = 0;
+  bool pin = false;
   bool json = false;
   bench::BenchOptions options;
   bench::ModelBenchOptions model;
@@ -56,6 +57,7 @@ void run_model(const BenchFlags& flags, const CpuContext& context, bool quiet) {
   bench::ModelBenchOptions options = flags.model;
   options.shape = flags.options.shape;
   options.num_threads = flags.threads;
+  options.pin_threads = flags.pin;
   options.isa = context.isa;
   ProgressLine line(quiet);
   const bench::ModelBenchResult r = bench::bench_model(options, [&](const std::string& text) { line.update(text); });
@@ -117,7 +119,7 @@ void run_cuda(const BenchFlags& flags, bool rows_given) {
 }
 
 void run_bench(const BenchFlags& flags, bool quiet) {
-  ThreadPool pool(flags.threads);
+  ThreadPool pool(flags.threads, flags.pin);
   const CpuContext context{pool, parse_isa(flags.isa)};
   bench::model_shape(flags.options.shape);  // refuse a wrong name before measuring
   if (flags.op == "model") return run_model(flags, context, quiet);
@@ -154,6 +156,7 @@ void register_bench(CLI::App& app, GlobalOptions& global) {
   command->add_option("--shape", flags->options.shape, "dimensions of which model: flash, pro, demo")->capture_default_str();
   CLI::Option* rows = command->add_option("--rows", flags->options.rows, "rows of activations")->delimiter(',')->check(CLI::Range(1, 65536));
   command->add_option("--threads", flags->threads, "0: one per CPU")->check(CLI::Range(0, 4096))->capture_default_str();
+  command->add_flag("--pin", flags->pin, "each worker thread keeps to one CPU");
   command->add_option("--isa", flags->isa, "auto, reference, avx2, avx512, amx")->capture_default_str();
   command->add_option("--filter", flags->options.filter, "only cases whose name contains this");
   command->add_option("--seconds", flags->options.min_seconds, "at least this long per case")->check(CLI::Range(0.01, 60.0))->capture_default_str();

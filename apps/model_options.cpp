@@ -21,6 +21,7 @@ void add_model_options(CLI::App& command, ModelOptions& options) {
   command.add_option("--threads", options.num_threads, "CPU threads, 0: all this process may use")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();
+  command.add_flag("--pin", options.pin, "each worker thread keeps to one CPU, one per core first (when the machine is yours alone)");
   auto* exact = command.add_flag("--exact", options.exact, "binary32 activations and caches, no simulated quantisation");
   command.add_option("--act", options.act, "activations of expert GEMMs: a16 (bf16) or a4 (NVFP4)")
       ->check(CLI::IsMember({"a16", "a4"}))
@@ -57,6 +58,7 @@ std::unique_ptr<Engine> open_engine(const ModelOptions& options) {
         options.index == "fp8" ? IndexFormat::kFp8 : options.index == "fp4" ? IndexFormat::kFp4 : IndexFormat::kBf16;
   }
   engine.num_threads = options.num_threads;
+  engine.pin_threads = options.pin;
   engine.max_chunk = options.max_chunk;
   engine.repack = options.repack == "on" ? Repack::kOn : options.repack == "off" ? Repack::kOff : Repack::kAuto;
   ProgressLine line(/*quiet=*/false);

@@ -21,6 +21,7 @@ struct ModelOptions {
   std::string repack = "auto";
   bool exact = false;
   int num_threads = 0;
+  bool pin = false;
   int64_t max_chunk = 256;
 };
 

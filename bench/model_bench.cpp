@@ -64,6 +64,7 @@ ModelBenchResult bench_model(const ModelBenchOptions& options, const std::functi
   const auto load_start = Clock::now();
   EngineOptions engine_options;
   engine_options.num_threads = options.num_threads;
+  engine_options.pin_threads = options.pin_threads;
   engine_options.isa = options.isa;
   const auto engine = Engine::open(temporary ? temporary->folder() : options.folder, engine_options);
   result.load_seconds = seconds_since(load_start);

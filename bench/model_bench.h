@@ -16,6 +16,7 @@ struct ModelBenchOptions {
   int num_layers = 0;                 // 0: all of the shape
   int num_experts = 0;                // 0: all of the shape
   int num_threads = 0;
+  bool pin_threads = false;
   CpuIsa isa = CpuIsa::kReference;
   int64_t prompt_tokens = 512;
   int64_t decode_tokens = 64;

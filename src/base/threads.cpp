@@ -6,7 +6,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <fstream>
 #include <mutex>
+#include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -42,6 +45,36 @@ int available_cpus() {
   if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
   return std::max(1u, std::thread::hardware_concurrency());
 }
+
+std::vector<int> cpus_by_core() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return {0};
+  std::vector<int> first, others;
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    // CPUs of one core name the same siblings; where the system does not tell, each CPU counts as a core.
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string siblings;
+    if (!std::getline(file, siblings)) siblings = "cpu " + std::to_string(cpu);
+    (cores.insert(siblings).second ? first : others).push_back(cpu);
+  }
+  first.insert(first.end(), others.begin(), others.end());
+  return first;
+}
+
+namespace {
+
+// A refusal (a container that changes its CPU set meanwhile, say) only costs speed.
+void pin_this_thread(int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  (void)sched_setaffinity(0, sizeof(set), &set);
+}
+
+}  // namespace
 
 // The gate of one loop: epoch | closed | joined workers. A worker takes part only if it moves the gate of an open epoch
 // from n to n + 1 joined; the caller closes the gate when no iteration is left and waits for those that joined. So a worker
@@ -124,11 +157,17 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads)
+ThreadPool::ThreadPool(int num_threads, bool pin)
     : num_threads_(num_threads > 0 ? num_threads : available_cpus()), state_(std::make_unique<State>()) {
   DSV4_CHECK(num_threads_ <= 4096, "num_threads = {}", num_threads_);
-  for (int idx = 1; idx < num_threads_; ++idx)
-    state_->workers.emplace_back([state = state_.get(), idx] { state->worker_main(idx); });
+  const std::vector<int> cpus = pin ? cpus_by_core() : std::vector<int>{};
+  for (int idx = 1; idx < num_threads_; ++idx) {
+    const int cpu = cpus.empty() ? -1 : cpus[static_cast<size_t>(idx) % cpus.size()];
+    state_->workers.emplace_back([state = state_.get(), idx, cpu] {
+      if (cpu >= 0) pin_this_thread(cpu);
+      state->worker_main(idx);
+    });
+  }
 }
 
 ThreadPool::~ThreadPool() {

@@ -8,13 +8,16 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
 namespace dsv4 {
 
 class ThreadPool {
  public:
-  // num_threads includes the calling thread; 0 = one per CPU this process may run on.
-  explicit ThreadPool(int num_threads = 0);
+  // num_threads includes the calling thread; 0 = one per CPU this process may run on. pin: worker i keeps to CPU i of
+  // cpus_by_core() (modulo their number). The calling thread is never pinned: threads it starts later would inherit that; the
+  // first CPU is left for it.
+  explicit ThreadPool(int num_threads = 0, bool pin = false);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -44,5 +47,8 @@ class ThreadPool {
 
 // CPUs this process may run on (affinity mask), at least 1.
 int available_cpus();
+
+// The same CPUs by number: one of each core first, then the second ones of cores that run several threads.
+std::vector<int> cpus_by_core();
 
 }  // namespace dsv4

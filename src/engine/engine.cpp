@@ -15,7 +15,7 @@ std::unique_ptr<Engine> Engine::open(const std::string& folder, const EngineOpti
   engine->isa_ = options.isa.value_or(best_cpu_isa());
   if (engine->isa_ > best_cpu_isa())
     throw_resource("instruction set {} asked for, this machine has {}", cpu_isa_name(engine->isa_), cpu_isa_name(best_cpu_isa()));
-  engine->pool_ = std::make_unique<ThreadPool>(options.num_threads);
+  engine->pool_ = std::make_unique<ThreadPool>(options.num_threads, options.pin_threads);
   engine->checkpoint_ = std::make_shared<const Checkpoint>(open_checkpoint(folder));
   engine->tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(folder + "/tokenizer.json"));
   if (engine->tokenizer_->vocab_size() > engine->config().vocab_size)

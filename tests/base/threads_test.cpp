@@ -2,10 +2,13 @@
 #include "base/threads.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <set>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -112,6 +115,36 @@ TEST(ThreadPool, ALoopInsideItsOwnBodyIsRefused) {
   std::atomic<int> count{0};
   pool.parallel_for(1, [&](int64_t) { other.parallel_for(4, [&](int64_t) { ++count; }); });
   EXPECT_EQ(count, 4);
+}
+
+std::vector<int> affinity_of_this_thread() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  EXPECT_EQ(sched_getaffinity(0, sizeof(set), &set), 0);
+  std::vector<int> cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  return cpus;
+}
+
+TEST(ThreadPool, PinnedWorkersKeepToOneCpuEachAndTheCallerIsFree) {
+  const std::vector<int> before = affinity_of_this_thread(), order = cpus_by_core();
+  EXPECT_EQ(std::set<int>(before.begin(), before.end()), std::set<int>(order.begin(), order.end()));
+  EXPECT_EQ(static_cast<int>(order.size()), available_cpus());
+  constexpr int kThreads = 4;
+  ThreadPool pool(kThreads, /*pin=*/true);
+  std::vector<std::vector<int>> seen(kThreads);
+  std::vector<std::atomic<int>> runs(kThreads);
+  // Until every worker has had an iteration; each notes its own affinity.
+  for (int round = 0; round < 2000 && std::any_of(runs.begin(), runs.end(), [](const auto& r) { return r.load() == 0; }); ++round)
+    pool.parallel_for_with_thread(64, [&](int64_t, int thread) {
+      seen[static_cast<size_t>(thread)] = affinity_of_this_thread();
+      ++runs[static_cast<size_t>(thread)];
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    });
+  for (int thread = 1; thread < kThreads; ++thread)
+    EXPECT_EQ(seen[static_cast<size_t>(thread)], std::vector<int>{order[static_cast<size_t>(thread) % order.size()]}) << thread;
+  EXPECT_EQ(affinity_of_this_thread(), before);
 }
 
 }  // namespace

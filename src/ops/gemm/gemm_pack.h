@@ -21,7 +21,8 @@ bool packing_pays(const WeightView& w, CpuIsa isa);
 int64_t packed_bytes(const WeightView& w);
 
 // Fills weight->packed for every weight where packing_pays; the others are left alone. One memory area per call, on huge
-// pages where the system grants them; each page is first touched by the thread that fills it. The stored data is read once
+// pages where the system grants them; each page is first touched by the thread that fills it, and on machines with several
+// memory nodes pages go to them in turn. The stored data is read once
 // and is not needed by gemm/moe afterwards (the view's pointers stay, so a mapped file's pages can be dropped).
 // progress(done_bytes, total_bytes) is called from the calling thread, in increasing order; it may be empty.
 void pack_weights(std::span<Weight* const> weights, const CpuContext& context,
