@@ -123,6 +123,11 @@ __device__ __forceinline__ void store_async_cluster_f64(uint32_t address, double
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(address), "l"(__double_as_longlong(value)), "r"(barrier)
                : "memory");
 }
+__device__ __forceinline__ int32_t load_cluster_s32(uint32_t address) {
+  int32_t value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
 __device__ __forceinline__ float load_cluster_f32(uint32_t address) {
   float value;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");

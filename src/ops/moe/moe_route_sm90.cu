@@ -37,66 +37,82 @@ __device__ RouteSums exclusive_sum(const RouteSums& own, RouteSums* warp_sums, R
   return before;
 }
 
-// One CTA: count the slots of each expert (the count before is a slot's rank), give experts rows and tiles, then slots their rows.
+constexpr int kRouteCluster = 8;
+constexpr int64_t kRouteClusterSlots = 4096;  // from here on the exchange between CTAs costs less than it saves
+
+// A cluster: each CTA counts its run of slots by expert (the count before is a slot's rank), all add up the counts, give experts
+// rows and tiles, then slots their rows. 38 us for 24,576 slots in one CTA.
 __global__ void __launch_bounds__(kRouteThreads, 1)
     moe_route_kernel(MoeShape shape, const int32_t* topk_idx, int num_slots, MoeRouting routing) {
   __shared__ int count[kMoeMaxExperts], first_row[kMoeMaxExperts];
   __shared__ RouteSums warp_sums[kRouteThreads / 32];
   constexpr int kBatch = 8;  // loads in flight
   const int num_experts = shape.num_experts, self = threadIdx.x;
+  const int ctas = gridDim.x, cta = blockIdx.x;  // the grid is the cluster
+  const int run = (num_slots + ctas - 1) / ctas, begin = cta * run, end = min(num_slots, begin + run);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (self < num_experts) count[self] = 0;
   __syncthreads();
-  for (int base = self; base < num_slots; base += kBatch * kRouteThreads) {
+  for (int base = begin + self; base < end; base += kBatch * kRouteThreads) {
     int expert[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = base + b * kRouteThreads;
-      const int e = i < num_slots ? topk_idx[i] : -1;
+      const int e = i < end ? topk_idx[i] : -1;
       expert[b] = e < num_experts ? e : -1;
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = base + b * kRouteThreads;
-      if (i < num_slots) routing.slot_row[i] = expert[b] >= 0 ? atomicAdd(&count[expert[b]], 1) : -1;
+      if (i < end) routing.slot_row[i] = expert[b] >= 0 ? atomicAdd(&count[expert[b]], 1) : -1;
     }
   }
-  __syncthreads();
+  ptx::cluster_sync();
 
-  const int rows = self < num_experts ? count[self] : 0, step = moe_tile_step(rows), tiles = (rows + step - 1) / step;
+  int rows = 0, earlier = 0;  // of this thread's expert: in all runs, in the runs before this CTA's
+  if (self < num_experts)
+    for (int other = 0; other < ctas; ++other) {
+      const int n = ctas == 1 ? count[self] : ptx::load_cluster_s32(ptx::map_to_cta(&count[self], other));
+      rows += n;
+      earlier += other < cta ? n : 0;
+    }
+  const int step = moe_tile_step(rows), tiles = (rows + step - 1) / step;
   const int list = static_cast<int>(moe_tile_list(step));
   RouteSums own{}, all;
   own.v[0] = (rows + 7) / 8 * 8;
 #pragma unroll
   for (int i = 0; i < kTileLists; ++i) own.v[1 + i] = list == i ? tiles : 0;
   const RouteSums before = exclusive_sum(own, warp_sums, all);
-  if (self < num_experts) {
-    first_row[self] = before.v[0];
-    reinterpret_cast<int2*>(routing.expert_rows)[self] = make_int2(before.v[0], rows);
-    int first_tile = list * routing.max_tiles;
+  if (self < num_experts) first_row[self] = before.v[0] + earlier;
+  if (cta == 0) {
+    if (self < num_experts) {
+      reinterpret_cast<int2*>(routing.expert_rows)[self] = make_int2(before.v[0], rows);
+      int first_tile = list * routing.max_tiles;
 #pragma unroll
-    for (int i = 0; i < kTileLists; ++i) first_tile += list == i ? before.v[1 + i] : 0;
-    for (int j = 0; j < tiles; ++j) {
-      const int used = min(step, rows - j * step);
-      routing.tiles[first_tile + j] = {self, before.v[0] + j * step, used, (used + 7) / 8 * 8};
-      routing.tile_done[first_tile + j] = 0;
+      for (int i = 0; i < kTileLists; ++i) first_tile += list == i ? before.v[1 + i] : 0;
+      for (int j = 0; j < tiles; ++j) {
+        const int used = min(step, rows - j * step);
+        routing.tiles[first_tile + j] = {self, before.v[0] + j * step, used, (used + 7) / 8 * 8};
+        routing.tile_done[first_tile + j] = 0;
+      }
+    }
+    if (self < 2 * kTileLists) routing.ticket[self] = 0;
+    if (self == 0) {
+#pragma unroll
+      for (int i = 0; i < kTileLists; ++i) routing.num_tiles[i] = all.v[1 + i];
     }
   }
-  if (self < 2 * kTileLists) routing.ticket[self] = 0;
-  if (self == 0) {
-#pragma unroll
-    for (int i = 0; i < kTileLists; ++i) routing.num_tiles[i] = all.v[1 + i];
-  }
+  ptx::cluster_arrive();  // done with the others' counts
   __syncthreads();
 
-  for (int base = self; base < num_slots; base += kBatch * kRouteThreads) {
+  for (int base = begin + self; base < end; base += kBatch * kRouteThreads) {
     int expert[kBatch], rank[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int i = base + b * kRouteThreads;
-      rank[b] = i < num_slots ? routing.slot_row[i] : -1;
-      expert[b] = i < num_slots ? topk_idx[i] : 0;
+      rank[b] = i < end ? routing.slot_row[i] : -1;
+      expert[b] = i < end ? topk_idx[i] : 0;
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
@@ -106,6 +122,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
       routing.row_slot[row] = i;
     }
   }
+  ptx::cluster_wait();  // a CTA's counts stay until all have read them
 }
 
 // Where row `row` of the token operand begins: its first chunk is the returned offset in 16-byte units for chunk (row & 7), and
@@ -312,7 +329,8 @@ __global__ void __launch_bounds__(256) moe_combine_kernel(MoeShape shape, const 
 void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t num_tokens, const MoeRouting& routing,
                       cudaStream_t stream) {
   gpu::LaunchConfig config;
-  config.grid = 1;
+  config.cluster = num_tokens * shape.num_topk >= kRouteClusterSlots ? kRouteCluster : 1;
+  config.grid = config.cluster;
   config.block = kRouteThreads;
   config.stream = stream;
   config.dependent = true;
