@@ -6,7 +6,8 @@
 // its share of a block with one 16-byte and one 2-byte load; a warp keeps eight blocks (K512) in flight in registers and the
 // sequence of loads runs across task borders, so it never stops for an epilogue or for h. Token rows go through a ring of
 // shared memory, one stage per K512, filled by a warp of its own, which also draws the tasks; another warp publishes
-// finished tasks. The combine is spread over all CTAs after the last fc2 task.
+// finished tasks. The combine is spread over all CTAs after the last fc2 task. No CTA waits for one that is not running yet:
+// tasks wait for tasks of lower tickets only.
 #pragma once
 
 #include <type_traits>
@@ -55,7 +56,6 @@ struct StreamTraits {
   static constexpr int kRingOffset = (sizeof(Shared) + 127) / 128 * 128;
   static constexpr int kSmemBytes = kRingOffset + kStages * kStageBytes;
   static_assert(kSmemBytes <= 227 * 1024);
-  
 };
 
 // ---- weights ----
@@ -247,8 +247,7 @@ __device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename 
     if (tiles == 2) run(std::integral_constant<int, 2>());
     if (tiles == 3) run(std::integral_constant<int, 3>());
     if (tiles == 4) run(std::integral_constant<int, 4>());
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.task_done[slot]);
+    ptx::mbarrier_arrive(&shared.task_done[slot]);  // every lane has read the task: racecheck wants an arrival of each
   }
 }
 
@@ -272,7 +271,8 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
   RingPosition<Traits::kTaskSlots> slot;
   int ready_chunk = -1;
   for (;; slot.advance()) {
-    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_free[slot.stage], slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
+    for (uint64_t* barrier : {&shared.task_done[slot.stage], &shared.task_free[slot.stage]})  // multiplied and published
+      spin_until([&] { return mbarrier_test_or_sleep(barrier, slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
     typename Traits::Task& task = shared.tasks[slot.stage];
     if (ticket >= tasks) {
       if (lane == 0) {
@@ -403,7 +403,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kTaskSlots; ++i) {
       ptx::mbarrier_init(&shared.task_full[i], 1);
-      ptx::mbarrier_init(&shared.task_done[i], Traits::kMathWarps);
+      ptx::mbarrier_init(&shared.task_done[i], 32 * Traits::kMathWarps);
       ptx::mbarrier_init(&shared.task_free[i], 1);
     }
     for (int i = 0; i < Traits::kStages; ++i) {
