@@ -22,7 +22,7 @@ __global__ void encode_run(uint32_t first, uint8_t* codes) {
     if constexpr (kWhat == What::kE2m1) {
       bool has_nan;
       const float amax = amax_of(x, &has_nan);
-      nibbles = encode_e2m1x8(x, 1.0f, !has_nan && amax < 7.0f);
+      nibbles = !has_nan && amax < 7.0f ? encode_small_e2m1x8(x, 1.0f) : encode_any_e2m1x8(x, 1.0f);
     } else {
       for (int i = 0; i < 8; ++i) nibbles |= static_cast<uint32_t>(encode_e2m1(x[i])) << (4 * i);
     }
@@ -40,8 +40,20 @@ void run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) {
   gpu::launch(encode_run<kWhat>, {.grid = static_cast<uint32_t>(count / 2048), .block = 256, .stream = stream}, first, codes);
 }
 
+__global__ void reciprocal_run(uint32_t first, uint32_t last, unsigned long long* wrong) {
+  unsigned long long count = 0;
+  for (uint64_t bits = first + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; bits <= last; bits += uint64_t{gridDim.x} * blockDim.x) {
+    const float d = __uint_as_float(static_cast<uint32_t>(bits));
+    count += __float_as_uint(rcp_rn_normal(d)) != __float_as_uint(__frcp_rn(d));
+  }
+  if (count > 0) atomicAdd(wrong, count);
+}
+
 }  // namespace
 
+void count_wrong_reciprocals(float first, float last, unsigned long long* wrong, cudaStream_t stream) {
+  gpu::launch(reciprocal_run, {.grid = 4096, .block = 256, .stream = stream}, __builtin_bit_cast(uint32_t, first), __builtin_bit_cast(uint32_t, last), wrong);
+}
 void encode_e2m1_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE2m1>(first, count, codes, stream); }
 void encode_e2m1_codec_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE2m1Codec>(first, count, codes, stream); }
 void encode_e4m3_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE4m3>(first, count, codes, stream); }

@@ -42,7 +42,7 @@ void expect_all_patterns_equal(const Run& run, const Host& host_encode, const ch
 
 TEST(CodecExhaustive, DeviceE2m1EncoderEqualsHostCodecOnAllBinary32) {
   DSV4_NEEDS_GPU();
-  expect_all_patterns_equal(encode_e2m1_run, [](float x) { return encode_e2m1(x); }, "encode_e2m1x8");
+  expect_all_patterns_equal(encode_e2m1_run, [](float x) { return encode_e2m1(x); }, "e2m1 encoders");
 }
 
 TEST(CodecExhaustive, DeviceCodecE2m1EqualsHostCodecOnAllBinary32) {
@@ -53,6 +53,15 @@ TEST(CodecExhaustive, DeviceCodecE2m1EqualsHostCodecOnAllBinary32) {
 TEST(CodecExhaustive, DeviceE4m3EncoderEqualsHostCodecOnAllBinary32) {
   DSV4_NEEDS_GPU();
   expect_all_patterns_equal(encode_e4m3_run, [](float x) { return encode_e4m3(x); }, "encode_e4m3x8");
+}
+
+// The whole range that silu (1 .. 2^117) and the group scales (2^-69 .. 2^69) use.
+TEST(CodecExhaustive, ShortReciprocalIsRoundedOnEveryBinary32OfItsRange) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  DeviceArray<unsigned long long> wrong(machine, std::vector<unsigned long long>{0});
+  count_wrong_reciprocals(0x1p-100f, 0x1p117f, wrong.data(), machine.gpu.stream);
+  EXPECT_EQ(wrong.host()[0], 0u);
 }
 
 }  // namespace

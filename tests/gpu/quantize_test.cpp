@@ -140,6 +140,90 @@ TEST(GpuQuantize, StridedRowsAndNonFiniteElementsEqualReference) {
   }
 }
 
+// Calls long enough for the ring kernel (quantize_launch.cuh): pieces of rows, shorter last pieces, padded 128x4 matrices, NaN groups.
+// dependent launches take the ring from half a million vectors on.
+std::vector<float> rows_with_nan(const Case& c, uint32_t seed) {
+  std::vector<float> x = random_rows(c.rows, c.cols, seed);
+  for (size_t i = 0; i < x.size(); i += 4099) x[i] = i % 2 ? INFINITY : NAN;
+  return x;
+}
+
+TEST(GpuQuantizeRing, DenseRowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  machine.gpu.dependent = true;
+  for (const Case& c : {Case{2200, 512, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kGiven}, Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow},
+                        Case{2112, 4096, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4}, Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow, SfLayout::k128x4}}) {
+    const std::vector<bf16> x = to_bf16(rows_with_nan(c, 1));
+    DeviceArray<bf16> device_x(machine, x);
+    expect_parity(machine, c, false, c.layout == SfLayout::k128x4 ? c.rows / 3 : 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
+    });
+  }
+}
+
+TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const bool with_y : {false, true})
+    for (const Case& c : {Case{2200, 512}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{2200, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+                          Case{2200, 512, RowFormat::kFp8}}) {
+      const std::vector<bf16> x = to_bf16(random_rows(c.rows, c.cols, 3)), weight = to_bf16(random_rows(1, c.cols, 4));
+      DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
+      expect_parity(machine, c, with_y, 0, [&](const QuantizedRows& out, const auto& context) {
+        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out}, context);
+      });
+    }
+}
+
+TEST(GpuQuantizeRing, SwigluRowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const bool weighted : {true, false}) {
+    const Case c{2200, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow};
+    const std::vector<bf16> gate = to_bf16(rows_with_nan(c, 6)), up = to_bf16(random_rows(c.rows, c.cols, 7));
+    const std::vector<float> rho = random_rows(1, c.rows, 8);
+    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+    DeviceArray<float> device_rho(machine, rho);
+    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
+                                         !weighted ? nullptr : kGpu ? device_rho.data() : rho.data(), 10.0f, c.rows, c.cols, c.cols, out},
+                      context);
+    });
+  }
+}
+
+TEST(GpuQuantizeRing, InverseRopeEqualsReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  machine.gpu.dependent = true;
+  constexpr int kHeadDim = 512, kPositions = 300;
+  constexpr int64_t kTokens = 280;
+  std::vector<int32_t> positions;
+  for (int64_t t = 0; t < kTokens; ++t) positions.push_back(static_cast<int32_t>((t * 97 + 3) % kPositions));
+  DeviceArray<int32_t> device_positions(machine, positions);
+  for (const int rope_dim : {64, 32})
+    for (const GlobalMode global : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
+      std::vector<float> cos_sin;
+      for (int p = 0; p < kPositions; ++p)
+        for (int i = 0; i < rope_dim; ++i) cos_sin.push_back(i < rope_dim / 2 ? std::cos(0.37f * p * (i + 1)) : std::sin(0.37f * p * (i + 1 - rope_dim / 2)));
+      DeviceArray<float> device_cos_sin(machine, cos_sin);
+      const Case c{kTokens * 8, 8 * kHeadDim, RowFormat::kNvfp4, global};
+      const std::vector<bf16> x = to_bf16(random_rows(kTokens * 64, kHeadDim, 9));
+      DeviceArray<bf16> device_x(machine, x);
+      expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+        inverse_rope_quantize(InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(), kGpu ? device_cos_sin.data() : cos_sin.data(),
+                                                      kGpu ? device_positions.data() : positions.data(), kTokens, 64, kHeadDim, rope_dim, 8, out},
+                              context);
+      });
+    }
+}
+
 TEST(GpuQuantize, ZeroRowsAreLegalAndBadShapesAreRefused) {
   DSV4_NEEDS_GPU();
   Machine machine;
@@ -170,20 +254,21 @@ TEST(GpuSwigluQuantize, EqualsReferenceForEveryFormat) {
   }
 }
 
-// Long calls look silu up in a table: every bf16 gate, 131 times over.
-TEST(GpuSwigluQuantize, LongCallsEqualReference) {
+// Every bf16 gate beside many ups, with a limit that is a bf16 number and one that is not.
+TEST(GpuSwigluQuantize, LongCallsEqualReferenceForEveryLimit) {
   DSV4_NEEDS_GPU();
   Machine machine;
-  for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kBf16}) {
-    const Case c{131 * 16 + 3, 4096, format, format == RowFormat::kNvfp4 ? GlobalMode::kPerRow : GlobalMode::kOne};
-    std::vector<bf16> gate(static_cast<size_t>(c.rows * c.cols)), up = to_bf16(random_rows(c.rows, c.cols, 13));
-    for (size_t i = 0; i < gate.size(); ++i) gate[i] = bf16{static_cast<uint16_t>((i & 0x7fff) >= 0x7f80 ? 0x8000 : i)};
-    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
-    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
-      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, 10.0f, c.rows, c.cols, c.cols, out}, context);
-    });
-  }
+  for (const float limit : {10.0f, 7.3f})
+    for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kBf16}) {
+      const Case c{131 * 16 + 3, 4096, format, format == RowFormat::kNvfp4 ? GlobalMode::kPerRow : GlobalMode::kOne};
+      std::vector<bf16> gate(static_cast<size_t>(c.rows * c.cols)), up = to_bf16(random_rows(c.rows, c.cols, 13));
+      for (size_t i = 0; i < gate.size(); ++i) gate[i] = bf16{static_cast<uint16_t>((i & 0x7fff) >= 0x7f80 ? 0x8000 : i)};
+      DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+      expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+        swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, limit, c.rows, c.cols, c.cols, out}, context);
+      });
+    }
 }
 
 // silu has 65536 bf16 inputs. One element a row and u = 2688: the row's global is |silu(g)| in binary32, the code its sign.

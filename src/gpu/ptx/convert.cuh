@@ -63,6 +63,35 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
   return result;
 }
 
+// Packed bf16 minimum and maximum: NaN if either is (_nan), else the number of a number and a NaN.
+__device__ __forceinline__ uint32_t abs_bf16x2(uint32_t a) {
+  uint32_t result;
+  asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(a));
+  return result;
+}
+__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+__device__ __forceinline__ uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// Each half of a brought into [-|b|, |b|]; sign of a if b is positive; NaN if either is.
+__device__ __forceinline__ uint32_t clamp_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("min.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
 // Larger of the two; NaN if either is.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float result;
@@ -79,6 +108,18 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 __device__ __forceinline__ float rcp_approx(float x) {
   float result;
   asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// 1/sqrt(x) within 2 ulp.
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float result;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+// The same; subnormal numbers and results become 0. One instruction where the one above takes six.
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

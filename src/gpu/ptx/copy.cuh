@@ -104,6 +104,8 @@ __device__ __forceinline__ void async_copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* pointer) { asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer)); }
+
 // ---- 16-byte global accesses that do not linger in L1 ----
 
 __device__ __forceinline__ uint4 load_stream_16(const void* pointer) {

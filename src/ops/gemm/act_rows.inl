@@ -41,8 +41,7 @@ inline __m256 swiglu_ps(__m256 g, __m256 u, __m256 rho, __m256 limit) {
   const __m256 magic = _mm256_set1_ps(c::kRoundMagic);
   const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(-c::kLog2e), magic);
   const __m256 n = _mm256_sub_ps(shifted, magic);
-  __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(c::kLn2High), x);
-  r = _mm256_fmadd_ps(n, _mm256_set1_ps(c::kLn2Low), r);
+  const __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(c::kLn2), x);
   __m256 p = _mm256_fmadd_ps(_mm256_set1_ps(c::kC6), r, _mm256_set1_ps(c::kC5));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c::kC4));
   p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c::kC3));

@@ -10,6 +10,12 @@
 
 namespace dsv4 {
 
+// 1 / d rounded to nearest, for 2^-100 <= d <= 2^117: one Newton step on the hardware's approximation (tests/gpu tries every such d).
+__device__ __forceinline__ float rcp_rn_normal(float d) {
+  const float approximate = ptx::rcp_approx_ftz(d);
+  return __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
+}
+
 // Largest |x|, NaN ignored; *has_nan says whether there was one.
 template <int kCount>
 __device__ __forceinline__ float amax_of(const float (&x)[kCount], bool* has_nan) {
@@ -36,8 +42,8 @@ __device__ __forceinline__ uint32_t e2m1_magnitude(float a) {
   return __float_as_uint(__fadd_rn(a, __uint_as_float(magic)));
 }
 
-// x[i] * multiplier -> 8 nibbles, element 0 lowest. small: no x is NaN and all products are below 7. multiplier >= 0 (or NaN).
-__device__ __forceinline__ uint32_t encode_e2m1x8(const float* x, float multiplier, bool small) {
+// x[i] * multiplier -> 8 nibbles, element 0 lowest. No product is NaN and all are below 7 in magnitude; multiplier >= 0.
+__device__ __forceinline__ uint32_t encode_small_e2m1x8(const float* x, float multiplier) {
   if constexpr (ptx::kHasCvtE2m1) {
     uint32_t result = 0;
 #pragma unroll
@@ -45,13 +51,6 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const float* x, float multipli
       result |= ptx::cvt_e2m1x2(__fmul_rn(x[2 * j], multiplier), __fmul_rn(x[2 * j + 1], multiplier)) << (8 * j);
     return result;
   } else {
-    // At 7 and above the steps of [4, 6] leave the code's 3 bits.
-    if (!small) {
-      uint32_t result = 0;
-#pragma unroll  // a rolled loop would index x and move it to local memory for every vector
-      for (int i = 0; i < 8; ++i) result |= static_cast<uint32_t>(encode_e2m1(__fmul_rn(x[i], multiplier))) << (4 * i);
-      return result;
-    }
     uint32_t pair[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -70,10 +69,19 @@ __device__ __forceinline__ uint32_t encode_e2m1x8(const float* x, float multipli
   }
 }
 
+// The same for any x and multiplier >= 0 or NaN.
+__device__ __forceinline__ uint32_t encode_any_e2m1x8(const float* x, float multiplier) {
+  if constexpr (ptx::kHasCvtE2m1) return encode_small_e2m1x8(x, multiplier);
+  uint32_t result = 0;
+#pragma unroll  // a rolled loop would index x and move it to local memory for every vector
+  for (int i = 0; i < 8; ++i) result |= static_cast<uint32_t>(encode_e2m1(__fmul_rn(x[i], multiplier))) << (4 * i);
+  return result;
+}
+
 // x[0..15] * multiplier -> 16 nibbles; amax: largest |x|, NaN ignored; has_nan: x holds one.
 __device__ __forceinline__ uint2 encode_e2m1x16(const float (&x)[16], float multiplier, float amax, bool has_nan) {
-  const bool small = !has_nan && __fmul_rn(amax, multiplier) < 7.0f;
-  return {encode_e2m1x8(x, multiplier, small), encode_e2m1x8(x + 8, multiplier, small)};
+  if (!has_nan && __fmul_rn(amax, multiplier) < 7.0f) return {encode_small_e2m1x8(x, multiplier), encode_small_e2m1x8(x + 8, multiplier)};
+  return {encode_any_e2m1x8(x, multiplier), encode_any_e2m1x8(x + 8, multiplier)};
 }
 
 // x[i] * factor -> 8 bytes, element 0 lowest.
@@ -104,6 +112,17 @@ __device__ __forceinline__ Nvfp4GroupScale nvfp4_group_scale(float amax16, float
   scale.multiplier = scale.sf == 0 ? 0.0f : __frcp_rn(divisor);
   return scale;
 }
+
+// The same without branches, for amax16 that is no NaN, rcp6 = nvfp4_rcp6(global) and a global that nvfp4_global_is_plain.
+__device__ __forceinline__ Nvfp4GroupScale nvfp4_plain_group_scale(float amax16, float global, float rcp6) {
+  Nvfp4GroupScale scale;
+  scale.sf = encode_ue4m3_device(__fmul_rn(amax16, rcp6));
+  const float multiplier = rcp_rn_normal(__fmul_rn(decode_ue4m3_device(scale.sf), global));
+  scale.multiplier = scale.sf == 0 ? 0.0f : multiplier;
+  return scale;
+}
+// sf * global and its reciprocal are normal for every sf.
+__device__ __forceinline__ bool nvfp4_global_is_plain(float global) { return global >= 0x1p-60f && global <= 0x1p60f; }
 
 // 2^-(byte - 127), byte as fp8_block_scale makes it (105..247), or NaN for 0xff.
 __device__ __forceinline__ float rcp_ue8m0(uint32_t byte) {

@@ -1,6 +1,6 @@
 // quantize_rows: dense bf16 or binary32 rows, with or without an RMS norm.
 #include "ops/quantize/quantize_gpu.h"
-#include "ops/quantize/quantize_kernels.cuh"
+#include "ops/quantize/quantize_launch.cuh"
 
 namespace dsv4 {
 namespace {
@@ -9,42 +9,59 @@ struct Bf16Source {
   const bf16* x;
   uint32_t stride;  // 16-byte pieces
 
-  using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 4;
-  __device__ __forceinline__ void prepare(Shared&) {}
+  static constexpr SourceTraits kTraits{.ring_stream = true, .ring_tiled = true, .ring_rows = true, .ring_norm = true};
   struct Raw {
     uint4 low, high;
   };
+  __host__ bool contiguous(uint32_t vecs_per_row) const { return stride == 2 * vecs_per_row; }
   __device__ __forceinline__ uint32_t order(uint32_t thread) const { return thread; }
+  __device__ __forceinline__ const uint4* at(uint32_t row, uint32_t vec) const { return reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 2 * int64_t{vec}; }
+  __device__ __forceinline__ void prefetch(uint32_t row, uint32_t vec) const { ptx::prefetch_l2(at(row, vec)); }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
-    const uint4* at = reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 2 * vec;
-    return {__ldg(at), __ldg(at + 1)};  // through L1: the halves of a sector are fetched by two instructions
+    return {__ldg(at(row, vec)), __ldg(at(row, vec) + 1)};  // through L1: the halves of a sector are fetched by two instructions
   }
-  __device__ __forceinline__ void values(const Raw& raw, uint32_t, uint32_t, float (&out)[16]) const { widen_bf16x16(raw.low, raw.high, out); }
+  __device__ __forceinline__ float row_factor(uint32_t) const { return 1.0f; }
+  __device__ __forceinline__ Vector16 vector(const Raw& raw, uint32_t, uint32_t, float) const { return vector_of_pairs(raw.low, raw.high); }
+
+  __host__ bool stageable() const { return true; }
+  __host__ uint32_t extra_bytes() const { return 0; }
+  __device__ __forceinline__ int32_t ahead(uint32_t) const { return 0; }
+  __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t) const { return i; }
+  __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t) const {
+    ptx::mbarrier_arrive_expect_tx(barrier, count * kTraits.vec_bytes);
+    ptx::bulk_load(stage, at(row, first_vec), count * kTraits.vec_bytes, barrier);
+  }
+  __device__ __forceinline__ void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const { ptx::bulk_prefetch_l2(at(row, first_vec), count * kTraits.vec_bytes); }
+  __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t, uint32_t vec, float) const { return load_bf16_vector(stage + vec * kTraits.vec_bytes); }
 };
 
 struct F32Source {
   const float* x;
   uint32_t stride;  // 16-byte pieces
 
-  using Shared = NoShared;
-  static constexpr uint32_t kMaxVecsPerThread = 4, kMinCtas = 3;
-  __device__ __forceinline__ void prepare(Shared&) {}
+  static constexpr SourceTraits kTraits{.stream_ctas = 3, .vec_bytes = 64};
   struct Raw {
     uint4 piece[4];
   };
+  __host__ bool contiguous(uint32_t vecs_per_row) const { return stride == 4 * vecs_per_row; }
   __device__ __forceinline__ uint32_t order(uint32_t thread) const { return thread; }
+  __device__ __forceinline__ const uint4* at(uint32_t row, uint32_t vec) const { return reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 4 * int64_t{vec}; }
+  __device__ __forceinline__ void prefetch(uint32_t row, uint32_t vec) const { ptx::prefetch_l2(at(row, vec)); }
   __device__ __forceinline__ Raw load(uint32_t row, uint32_t vec) const {
-    const uint4* at = reinterpret_cast<const uint4*>(x) + int64_t{row} * stride + 4 * vec;
-    return {{__ldg(at), __ldg(at + 1), __ldg(at + 2), __ldg(at + 3)}};
+    const uint4* from = at(row, vec);
+    return {{__ldg(from), __ldg(from + 1), __ldg(from + 2), __ldg(from + 3)}};
   }
-  __device__ __forceinline__ void values(const Raw& raw, uint32_t, uint32_t, float (&out)[16]) const {
+  __device__ __forceinline__ float row_factor(uint32_t) const { return 1.0f; }
+  __device__ __forceinline__ Vector16 vector(const Raw& raw, uint32_t, uint32_t, float) const {
+    Vector16 v;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t words[4] = {raw.piece[i].x, raw.piece[i].y, raw.piece[i].z, raw.piece[i].w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out[4 * i + j] = __uint_as_float(words[j]);
+      for (int j = 0; j < 4; ++j) v.x[4 * i + j] = __uint_as_float(words[j]);
     }
+    v.amax = amax_with_nan(v.x);
+    return v;
   }
 };
 

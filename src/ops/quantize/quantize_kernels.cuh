@@ -1,14 +1,20 @@
-// The two kernels behind every quantiser: a stream over vectors of 16 elements, and one CTA per row where a row must be seen
-// whole (RMS norm, global per row). A Source yields the elements; write_vector() writes any RowFormat.
+// The kernels behind every quantiser. A Source yields vectors of 16 elements (one NVFP4 group); three kernels turn them into any
+// RowFormat, and quantize_launch.cuh picks one:
+//   quantize_stream   vectors are independent: a thread a vector, a few in a row. Any size, any layout.
+//   quantize_row      a row must be seen whole (RMS norm, global per row): a CTA a row. Few rows, or long or odd ones.
+//   quantize_ring     (quantize_ring.cuh) many rows: persistent warps fed by the copy engine.
 //
 //   struct Source {
-//     struct Raw;                                               // registers of one vector, as loaded
-//     Raw load(uint32_t row, uint32_t vec) const;               // elements 16 vec .. 16 vec + 15 of the row
-//     void values(const Raw&, uint32_t row, uint32_t vec, float (&x)[16]) const;
-//     uint32_t order(uint32_t thread) const;                    // which of 256 vectors the thread takes; keeps aligned eights
-//     struct Shared; void prepare(Shared&);                     // stream kernel: fills and keeps shared memory; nothing for most
+//     struct Raw;                                                // registers of one vector, as loaded
+//     void prefetch(uint32_t row, uint32_t vec) const;           // into L2
+//     Raw load(uint32_t row, uint32_t vec) const;                // elements 16 vec .. 16 vec + 15 of the row
+//     float row_factor(uint32_t row) const;                      // loaded early, handed to vector()
+//     Vector16 vector(const Raw&, uint32_t row, uint32_t vec, float row_factor) const;
+//     uint32_t order(uint32_t thread) const;                     // which of 256 vectors a stream thread takes; keeps aligned eights
+//     static constexpr SourceTraits kTraits;
+//     bool contiguous(uint32_t vecs_per_row) const;              // rows follow each other without gaps
 //   };
-// A lane holds one NVFP4 group; eight neighbouring lanes share an FP8 block: all lanes of a warp take part in exchanges.
+// Eight neighbouring lanes share an FP8 block: all lanes of a warp take part in exchanges.
 #pragma once
 
 #include "codec/fp8_block.h"
@@ -23,11 +29,17 @@
 
 namespace dsv4 {
 
+// What a Source is, and which forms of quantize_ring are compiled for it.
+struct SourceTraits {
+  bool has_rows = false;      // vectors depend on the row beyond their address
+  int stream_ctas = 4;        // per SM, where rows are not contiguous
+  bool ring_stream = false, ring_tiled = false, ring_rows = false, ring_norm = false;
+  bool settles = false;       // values cost so much that a second pass finds them in the stage
+  uint32_t vec_bytes = 32;    // of a vector's inputs
+};
+
 constexpr int kStreamThreads = 256;
 constexpr int kRowThreadsMax = 512;
-constexpr uint32_t kStreamCtasPerSm = 4;
-
-struct NoShared {};
 
 struct QuantizeShape {
   uint32_t num_rows;
@@ -39,13 +51,143 @@ struct QuantizeShape {
   gpu::FastDiv by_vecs_per_row, by_sf_matrix_rows;
 };
 
-__device__ __forceinline__ void widen_bf16x16(uint4 low, uint4 high, float (&x)[16]) {
-  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+inline QuantizeShape make_quantize_shape(const QuantizedRows& out, int64_t num_rows, int64_t cols) {
+  const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
+  QuantizeShape shape{};
+  shape.num_rows = static_cast<uint32_t>(num_rows);
+  shape.vecs_per_row = static_cast<uint32_t>(cols / 16);
+  shape.num_vecs = shape.num_rows * shape.vecs_per_row;
+  shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
+  shape.by_sf_matrix_rows = gpu::FastDiv(shape.sf_matrix_rows);
+  shape.quads_per_row = (shape.vecs_per_row + 3) / 4;
+  shape.sf_matrix_bytes = sf_bytes(SfLayout::k128x4, matrix_rows, shape.vecs_per_row);
+  shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
+  return shape;
+}
+
+struct RowNorm {
+  const bf16* weight;  // nullptr: no norm
+  float eps;
+};
+
+// ---- vectors ----
+
+struct Vector16 {
+  float x[16];
+  float amax;  // largest magnitude; NaN if one is
+};
+
+__device__ __forceinline__ float amax_with_nan(const float (&x)[16]) {
+  float largest[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    largest[j] = ptx::max_nan(ptx::max_nan(fabsf(x[4 * j]), fabsf(x[4 * j + 1])), ptx::max_nan(fabsf(x[4 * j + 2]), fabsf(x[4 * j + 3])));
+  return ptx::max_nan(ptx::max_nan(largest[0], largest[1]), ptx::max_nan(largest[2], largest[3]));
+}
+
+// Eight bf16 pairs as a vector; magnitudes are compared before they are widened.
+__device__ __forceinline__ Vector16 vector_of_pairs(const uint32_t (&pairs)[8]) {
+  Vector16 v;
+  uint32_t largest[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) largest[j] = ptx::max_nan_bf16x2(ptx::abs_bf16x2(pairs[2 * j]), ptx::abs_bf16x2(pairs[2 * j + 1]));
+  largest[0] = ptx::max_nan_bf16x2(ptx::max_nan_bf16x2(largest[0], largest[1]), ptx::max_nan_bf16x2(largest[2], largest[3]));
+  v.amax = ptx::max_nan(ptx::low_bf16(largest[0]), ptx::high_bf16(largest[0]));
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    x[2 * j] = ptx::low_bf16(words[j]);
-    x[2 * j + 1] = ptx::high_bf16(words[j]);
+    v.x[2 * j] = ptx::low_bf16(pairs[j]);
+    v.x[2 * j + 1] = ptx::high_bf16(pairs[j]);
   }
+  return v;
+}
+__device__ __forceinline__ Vector16 vector_of_pairs(uint4 low, uint4 high) {
+  const uint32_t pairs[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  return vector_of_pairs(pairs);
+}
+__device__ __forceinline__ void pairs_of_vector(const Vector16& v, uint32_t (&pairs)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) pairs[j] = ptx::cvt_bf16x2(v.x[2 * j], v.x[2 * j + 1]);
+}
+
+// NaN ignored.
+__device__ __forceinline__ float amax_of_numbers(const Vector16& v) {
+  if (!isnan(v.amax)) return v.amax;
+  float amax = 0;
+#pragma unroll
+  for (int j = 0; j < 16; ++j) amax = fmaxf(amax, fabsf(v.x[j]));
+  return amax;
+}
+
+// weight * (x * factor), rounded to bf16.
+__device__ __forceinline__ Vector16 normalized(const Vector16& v, const bf16* weight, uint32_t vec, float factor) {
+  const uint4* at = reinterpret_cast<const uint4*>(weight) + 2 * vec;
+  const uint4 low = __ldg(at), high = __ldg(at + 1);
+  const uint32_t weights[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  uint32_t pairs[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+    pairs[j] = ptx::cvt_bf16x2(ptx::low_bf16(weights[j]) * (v.x[2 * j] * factor), ptx::high_bf16(weights[j]) * (v.x[2 * j + 1] * factor));
+  return vector_of_pairs(pairs);
+}
+// From the row's sum of squares.
+__device__ __forceinline__ float norm_factor(double sum, uint32_t vecs_per_row, float eps) {
+  return __frcp_rn(__fsqrt_rn(__fdiv_rn(static_cast<float>(sum), static_cast<float>(vecs_per_row * 16)) + eps));
+}
+
+// ---- encoding ----
+
+// kVecs vectors of this lane -> codes and scale bytes (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
+// are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again.
+template <RowFormat kFormat, int kVecs>
+__device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain, uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs]) {
+  if constexpr (kFormat == RowFormat::kNvfp4) {
+    bool ok = plain;
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) {
+      const Nvfp4GroupScale scale = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
+      sf[k] = scale.sf;
+      codes[k].x = encode_small_e2m1x8(v[k].x, scale.multiplier);
+      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale.multiplier);
+      ok = ok && __fmul_rn(v[k].amax, scale.multiplier) < 7.0f;
+    }
+    if (ok) return;
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) {
+      const Nvfp4GroupScale scale = nvfp4_group_scale(amax_of_numbers(v[k]), global, rcp6);
+      sf[k] = scale.sf;
+      codes[k].x = encode_any_e2m1x8(v[k].x, scale.multiplier);
+      codes[k].y = encode_any_e2m1x8(v[k].x + 8, scale.multiplier);
+    }
+  } else if constexpr (kFormat == RowFormat::kFp8) {
+    float amax[kVecs];
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) amax[k] = amax_of_numbers(v[k]);
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2)
+#pragma unroll
+      for (int k = 0; k < kVecs; ++k) amax[k] = fmaxf(amax[k], __shfl_xor_sync(0xffffffffu, amax[k], step));
+#pragma unroll
+    for (int k = 0; k < kVecs; ++k) {
+      sf[k] = fp8_block_scale(amax[k]);
+      const float factor = rcp_ue8m0(sf[k]);
+      const uint2 low = encode_e4m3x8(v[k].x, factor), high = encode_e4m3x8(v[k].x + 8, factor);
+      codes[k] = {low.x, low.y, high.x, high.y};
+    }
+  }
+}
+
+// Vector number v as bf16. Every lane of the warp must come here, an odd lane with the vector behind the even lane's.
+__device__ __forceinline__ void write_bf16(const QuantizedRows& out, int64_t v, bool valid, const Vector16& vector) {
+  uint32_t pairs[8];
+  pairs_of_vector(vector, pairs);
+  store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
+}
+
+// Codes of vector number v.
+template <RowFormat kFormat>
+__device__ __forceinline__ void write_codes(const QuantizedRows& out, int64_t v, uint4 codes) {
+  if constexpr (kFormat == RowFormat::kNvfp4) reinterpret_cast<uint2*>(out.codes)[v] = {codes.x, codes.y};
+  if constexpr (kFormat == RowFormat::kFp8) reinterpret_cast<uint4*>(out.codes)[v] = codes;
 }
 
 // One matrix is at most 2^31 bytes of scales, so that 32-bit arithmetic does inside it.
@@ -54,51 +196,30 @@ __device__ __forceinline__ int64_t sf_position_128x4(const QuantizeShape& shape,
   return matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + group / 4) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4 + group % 4;
 }
 
-// Largest magnitude of a vector, NaN ignored, and whether it holds a NaN.
-struct VectorAmax {
-  float value;
-  bool has_nan;
-};
-__device__ __forceinline__ VectorAmax vector_amax(const float (&x)[16]) {
-  VectorAmax amax;
-  amax.value = amax_of(x, &amax.has_nan);
-  return amax;
-}
-
-// One vector of a row whose global scale is known. Every lane of the warp must come here, with consecutive vectors; valid: this
-// lane has one.
-__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, uint32_t row, uint32_t vec, bool valid,
-                                             const float (&x)[16], VectorAmax vector, float global, float rcp6) {
-  const int64_t v = int64_t{row} * shape.vecs_per_row + vec;
-  if (out.y) {
-    uint32_t pairs[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = ptx::cvt_bf16x2(x[2 * i], x[2 * i + 1]);
-    store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
-  }
-  if (out.format == RowFormat::kBf16) return;
-  if (out.format == RowFormat::kNvfp4) {
-    if (!valid) return;
-    const Nvfp4GroupScale scale = nvfp4_group_scale(vector.value, global, rcp6);
-    reinterpret_cast<uint2*>(out.codes)[v] = encode_e2m1x16(x, scale.multiplier, vector.value, vector.has_nan);
+// One vector of a row, scale byte and all. Every lane of the warp must come here, with consecutive vectors v = row * vecs_per_row + vec;
+// valid: this lane has one.
+template <RowFormat kFormat>
+__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, int64_t v, uint32_t row, uint32_t vec, bool valid,
+                                             const Vector16& vector, float global, float rcp6, bool plain) {
+  if (kFormat == RowFormat::kBf16 || out.y) write_bf16(out, v, valid, vector);
+  if constexpr (kFormat == RowFormat::kBf16) return;
+  const Vector16 vectors[1] = {vector};
+  uint4 codes[1];
+  uint32_t sf[1];
+  encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf);
+  if (!valid) return;
+  write_codes<kFormat>(out, v, codes[0]);
+  if constexpr (kFormat == RowFormat::kFp8) {
+    if (v % 8 == 0) out.sf[v / 8] = static_cast<uint8_t>(sf[0]);
+  } else {
     if (out.sf_layout == SfLayout::kLinear) {
-      out.sf[v] = static_cast<uint8_t>(scale.sf);
+      out.sf[v] = static_cast<uint8_t>(sf[0]);
     } else {
       const int64_t at = sf_position_128x4(shape, row, vec);
-      out.sf[at] = static_cast<uint8_t>(scale.sf);
+      out.sf[at] = static_cast<uint8_t>(sf[0]);
       if (vec + 1 == shape.vecs_per_row)
         for (uint32_t pad = 1; (vec + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
     }
-  } else {
-    float amax = vector.value;
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
-    if (!valid) return;
-    const uint32_t scale = fp8_block_scale(amax);
-    const float factor = rcp_ue8m0(scale);
-    const uint2 low = encode_e4m3x8(x, factor), high = encode_e4m3x8(x + 8, factor);
-    reinterpret_cast<uint4*>(out.codes)[v] = {low.x, low.y, high.x, high.y};
-    if (vec % 8 == 0) out.sf[v / 8] = static_cast<uint8_t>(scale);
   }
 }
 
@@ -114,45 +235,58 @@ __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const 
   }
 }
 
+// ---- quantize_stream ----
+
 // A CTA takes vecs_per_thread * 256 consecutive vectors; a thread loads its next vector before it works on the current one.
-template <class Source>
-__global__ void __launch_bounds__(kStreamThreads, Source::kMinCtas) quantize_stream(Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
-  __shared__ typename Source::Shared shared;
-  source.prepare(shared);
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
+// kFlat: the whole tensor is one row (contiguous, linear scales, nothing per row), which spares the division.
+template <class Source, RowFormat kFormat, bool kFlat>
+__global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.stream_ctas) quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
   const uint32_t ordered = source.order(threadIdx.x);
   uint32_t first = blockIdx.x * vecs_per_thread * kStreamThreads;
+  const auto row_of = [&](uint32_t v) { return kFlat ? 0u : shape.by_vecs_per_row.quotient(v); };
+  const auto vec_of = [&](uint32_t v, uint32_t row) { return kFlat ? v : v - row * shape.vecs_per_row; };
+  uint32_t row = row_of(first + ordered), vec = vec_of(first + ordered, row);
+  // L2 is where all writes meet: a prefetch into it is no read and may run ahead of the kernel that still writes these rows.
+  if (first + ordered < shape.num_vecs) source.prefetch(row, vec);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   float global = out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
   float rcp6 = nvfp4_rcp6({global});
-  typename Source::Raw raw, next;
-  uint32_t row = shape.by_vecs_per_row.quotient(first + ordered), vec = first + ordered - row * shape.vecs_per_row;
-  if (first + ordered < shape.num_vecs) raw = source.load(row, vec);
+  bool plain = nvfp4_global_is_plain(global);
+  typename Source::Raw raw{}, next{};
+  float factor = 1.0f, next_factor = 1.0f;
+  if (first + ordered < shape.num_vecs) raw = source.load(row, vec), factor = source.row_factor(row);
 #pragma unroll 1
   for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
     if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
-    const uint32_t next_v = first + kStreamThreads + ordered;
-    const uint32_t next_row = shape.by_vecs_per_row.quotient(next_v), next_vec = next_v - next_row * shape.vecs_per_row;
-    if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec);
-    const bool valid = first + ordered < shape.num_vecs;
-    float x[16] = {};
-    if (valid) {
-      if (out.global_mode == GlobalMode::kPerRow) {
+    const uint32_t v = first + ordered, next_v = v + kStreamThreads, next_row = row_of(next_v), next_vec = vec_of(next_v, next_row);
+    if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec), next_factor = source.row_factor(next_row);
+    const bool valid = v < shape.num_vecs;
+    if constexpr (!kFlat && kFormat == RowFormat::kNvfp4)
+      if (out.global_mode == GlobalMode::kPerRow && valid) {
         global = out.global[row];
         rcp6 = nvfp4_rcp6({global});
+        plain = nvfp4_global_is_plain(global);
       }
-      source.values(raw, row, vec, x);
+    const Vector16 vector = source.vector(raw, valid ? row : 0, vec, factor);
+    if constexpr (kFlat && kFormat == RowFormat::kNvfp4) {
+      const Vector16 vectors[1] = {vector};
+      uint4 codes[1];
+      uint32_t sf[1];
+      encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf);
+      if (valid) {
+        write_codes<kFormat>(out, v, codes[0]);
+        out.sf[v] = static_cast<uint8_t>(sf[0]);
+      }
+    } else {
+      write_vector<kFormat>(out, shape, v, row, vec, valid, vector, global, rcp6, plain);
     }
-    write_vector(out, shape, row, vec, valid, x, vector_amax(x), global, rcp6);
-    raw = next, row = next_row, vec = next_vec;
+    raw = next, row = next_row, vec = next_vec, factor = next_factor;
   }
-  zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
+  if constexpr (!kFlat) zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
 }
 
-struct RowNorm {
-  const bf16* weight;  // nullptr: no norm
-  float eps;
-};
+// ---- quantize_row ----
 
 // Sum (double) or maximum (float) over the CTA; every thread gets it.
 __device__ __forceinline__ double block_sum(double value, double* scratch) {
@@ -174,122 +308,59 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
   return max;
 }
 
-// One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers. A persistent form that loads the next
-// row early was slower (docs/kernels/quantize.md).
+// One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers.
 template <class Source, int kVecs>
-__global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape,
-                                                               const RowNorm norm) {
+__global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape, const RowNorm norm) {
   __shared__ double sum_scratch[kRowThreadsMax / 32];
   __shared__ float max_scratch[kRowThreadsMax / 32];
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const uint32_t row = blockIdx.x;
-  typename Source::Raw raw[kVecs];
+  const float row_factor = source.row_factor(row);
+  typename Source::Raw raw[kVecs] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
     if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) raw[i] = source.load(row, threadIdx.x + i * blockDim.x);
-  float x[kVecs][16] = {};
+  Vector16 v[kVecs] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
-    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) source.values(raw[i], row, threadIdx.x + i * blockDim.x, x[i]);
+    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) v[i] = source.vector(raw[i], row, threadIdx.x + i * blockDim.x, row_factor);
 
   if (norm.weight) {
-    uint4 weight[kVecs][2] = {};
     double sum = 0;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const uint32_t vec = threadIdx.x + i * blockDim.x;
-      if (vec < shape.vecs_per_row) {
-        weight[i][0] = reinterpret_cast<const uint4*>(norm.weight)[2 * vec];
-        weight[i][1] = reinterpret_cast<const uint4*>(norm.weight)[2 * vec + 1];
-      }
+    for (int i = 0; i < kVecs; ++i)
 #pragma unroll
-      for (int j = 0; j < 16; ++j) sum = __fma_rn(static_cast<double>(x[i][j]), static_cast<double>(x[i][j]), sum);
-    }
-    const float mean = __fdiv_rn(static_cast<float>(block_sum(sum, sum_scratch)), static_cast<float>(shape.vecs_per_row * 16));
-    const float factor = __frcp_rn(__fsqrt_rn(mean + norm.eps));
+      for (int j = 0; j < 16; ++j) sum = __fma_rn(static_cast<double>(v[i].x[j]), static_cast<double>(v[i].x[j]), sum);
+    const float factor = norm_factor(block_sum(sum, sum_scratch), shape.vecs_per_row, norm.eps);
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const uint32_t words[8] = {weight[i][0].x, weight[i][0].y, weight[i][0].z, weight[i][0].w,
-                                 weight[i][1].x, weight[i][1].y, weight[i][1].z, weight[i][1].w};
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t pair = ptx::cvt_bf16x2(ptx::low_bf16(words[j]) * (x[i][2 * j] * factor), ptx::high_bf16(words[j]) * (x[i][2 * j + 1] * factor));
-        x[i][2 * j] = ptx::low_bf16(pair);
-        x[i][2 * j + 1] = ptx::high_bf16(pair);
-      }
-    }
+    for (int i = 0; i < kVecs; ++i)
+      if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) v[i] = normalized(v[i], norm.weight, threadIdx.x + i * blockDim.x, factor);
   }
 
   float global = 1.0f;
   if (out.global_mode == GlobalMode::kGiven) global = out.global[0];
   if (out.global_mode == GlobalMode::kPerRow) global = out.global[row];
   if (out.global_mode == GlobalMode::kComputeRow) {
-    float largest = 0;  // found again per vector below: keeping it across the barrier cost more (docs/kernels/quantize.md)
+    float largest = 0;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i)
-#pragma unroll
-      for (int j = 0; j < 16; ++j) largest = fmaxf(largest, fabsf(x[i][j]));
+    for (int i = 0; i < kVecs; ++i) largest = fmaxf(largest, amax_of_numbers(v[i]));
     global = nvfp4_global_scale(block_max(largest, max_scratch)).value;
     if (threadIdx.x == 0) out.row_global[row] = global;
   }
   const float rcp6 = nvfp4_rcp6({global});
+  const bool plain = nvfp4_global_is_plain(global);
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t vec = threadIdx.x + i * blockDim.x;
     if (vec - threadIdx.x % 32 >= shape.vecs_per_row) break;
-    write_vector(out, shape, row, vec, vec < shape.vecs_per_row, x[i], vector_amax(x[i]), global, rcp6);
+    const bool valid = vec < shape.vecs_per_row;
+    const int64_t at = int64_t{row} * shape.vecs_per_row + vec;
+    if (out.format == RowFormat::kBf16) write_vector<RowFormat::kBf16>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
+    if (out.format == RowFormat::kNvfp4) write_vector<RowFormat::kNvfp4>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
+    if (out.format == RowFormat::kFp8) write_vector<RowFormat::kFp8>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
   }
   zero_sf_padding(out, shape, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
-}
-
-inline QuantizeShape make_quantize_shape(const QuantizedRows& out, int64_t num_rows, int64_t cols) {
-  const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
-  QuantizeShape shape{};
-  shape.num_rows = static_cast<uint32_t>(num_rows);
-  shape.vecs_per_row = static_cast<uint32_t>(cols / 16);
-  shape.num_vecs = shape.num_rows * shape.vecs_per_row;
-  shape.sf_matrix_rows = static_cast<uint32_t>(matrix_rows);
-  shape.by_sf_matrix_rows = gpu::FastDiv(shape.sf_matrix_rows);
-  shape.quads_per_row = (shape.vecs_per_row + 3) / 4;
-  shape.sf_matrix_bytes = sf_bytes(SfLayout::k128x4, matrix_rows, shape.vecs_per_row);
-  shape.by_vecs_per_row = gpu::FastDiv(shape.vecs_per_row);
-  return shape;
-}
-
-// Checks what all quantisers share, picks the kernel, launches.
-template <class Source>
-void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
-                     const GpuContext& context) {
-  DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = %lld", static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 16) < (int64_t{1} << 31) - 4096, "num_rows = %lld, cols = %lld: 2^31 groups at most",
-                   static_cast<long long>(num_rows), static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, out.format == RowFormat::kBf16 ? out.y != nullptr : out.codes && out.sf, "an output pointer is null");
-  DSV4_GPU_REQUIRE(op, out.global_mode == GlobalMode::kOne || out.format == RowFormat::kNvfp4, "only kNvfp4 has a global scale");
-  DSV4_GPU_REQUIRE(op, out.sf_layout == SfLayout::kLinear || out.format == RowFormat::kNvfp4, "only kNvfp4 has the 128x4 layout");
-  if (num_rows == 0) return;
-  const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
-  DSV4_GPU_REQUIRE(op, num_rows % matrix_rows == 0, "num_rows = %lld is not a multiple of sf_matrix_rows = %lld", static_cast<long long>(num_rows),
-                   static_cast<long long>(matrix_rows));
-  const QuantizeShape shape = make_quantize_shape(out, num_rows, cols);
-  gpu::LaunchConfig config{.stream = context.stream, .dependent = context.dependent};
-  if (norm.weight || out.global_mode == GlobalMode::kComputeRow) {
-    DSV4_GPU_REQUIRE(op, cols <= 16384, "cols = %lld: at most 16384 where a row must be seen whole", static_cast<long long>(cols));
-    const uint32_t per_thread = cols <= 8192 ? 1 : 2;
-    config.grid = shape.num_rows;
-    config.block = (shape.vecs_per_row + 32 * per_thread - 1) / (32 * per_thread) * 32;
-    if (per_thread == 1)
-      gpu::launch(quantize_row<Source, 1>, config, source, out, shape, norm);
-    else
-      gpu::launch(quantize_row<Source, 2>, config, source, out, shape, norm);
-  } else {
-    // Enough CTAs to fill the machine several times over, then more vectors a thread.
-    const uint32_t waves = shape.num_vecs / (static_cast<uint32_t>(context.num_sms) * kStreamThreads * kStreamCtasPerSm);
-    const uint32_t vecs_per_thread = waves < 1 ? 1 : waves > Source::kMaxVecsPerThread ? Source::kMaxVecsPerThread : waves;
-    config.grid = (shape.num_vecs + kStreamThreads * vecs_per_thread - 1) / (kStreamThreads * vecs_per_thread);
-    config.block = kStreamThreads;
-    gpu::launch(quantize_stream<Source>, config, source, out, shape, vecs_per_thread);
-  }
 }
 
 }  // namespace dsv4

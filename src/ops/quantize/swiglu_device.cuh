@@ -1,24 +1,17 @@
 // Clamped SwiGLU on the device: the bits of ops/moe/swiglu.h with fewer instructions. For epilogues and the stand-alone kernel.
 #pragma once
 
-#include "gpu/ptx/convert.cuh"
 #include "ops/moe/swiglu.h"
+#include "ops/quantize/encode_device.cuh"
 
 namespace dsv4 {
-
-// 1 / d rounded to nearest, for 1 <= d <= 2^117: one Newton step on the hardware's approximation (tests/gpu tries every such d).
-__device__ __forceinline__ float rcp_rn_normal(float d) {
-  const float approximate = ptx::rcp_approx(d);
-  return __fmaf_rn(approximate, __fmaf_rn(-d, approximate, 1.0f), approximate);
-}
 
 // silu(g) for g >= -80, or NaN; x = min(g, 80).
 __device__ __forceinline__ float silu_device(float g, float x) {
   namespace c = swiglu_constants;
   const float shifted = __fmaf_rn(x, -c::kLog2e, c::kRoundMagic);
   const float n = shifted - c::kRoundMagic;
-  float r = __fmaf_rn(n, c::kLn2High, x);
-  r = __fmaf_rn(n, c::kLn2Low, r);
+  const float r = __fmaf_rn(n, c::kLn2, x);
   float p = __fmaf_rn(c::kC6, r, c::kC5);
   p = __fmaf_rn(p, r, c::kC4);
   p = __fmaf_rn(p, r, c::kC3);
