@@ -158,10 +158,11 @@ std::vector<Shard> plan_shards(const std::vector<LogicalTensor>& tensors, const 
     shard_bytes += bytes;
     for (SynthPart& part : parts) shards.back().push_back(std::move(part));
   }
-  for (Shard& shard : shards)  // as align_specs orders them
-    std::stable_sort(shard.begin(), shard.end(), [](const SynthPart& a, const SynthPart& b) {
-      return dtype_bytes(a.spec.dtype) > dtype_bytes(b.spec.dtype);
-    });
+  // By falling element size, so that tensors start aligned; but global scales last, when all codes have been made: a matrix is
+  // generated once then. (They follow 1-byte tensors, whose sizes are multiples of 4 in every real shape.)
+  const auto rank = [](const SynthPart& part) { return part.bytes() == 4 && part.tensor->is_matrix() ? 0 : dtype_bytes(part.spec.dtype); };
+  for (Shard& shard : shards)
+    std::stable_sort(shard.begin(), shard.end(), [&](const SynthPart& a, const SynthPart& b) { return rank(a) > rank(b); });
   return shards;
 }
 

@@ -14,7 +14,7 @@
 namespace dsv4 {
 namespace {
 
-constexpr int64_t kChunkBytes = 32ll << 20;
+constexpr int64_t kChunkBytes = 8ll << 20;  // small enough for the heap to hand it out again without new pages
 constexpr float kCalibratedAmax = 8.0f;  // of a unit-size activation: what a calibration run would find
 
 // Which storage a matrix has in a variant.
@@ -100,6 +100,7 @@ void SynthEncoder::encode(const SynthPart& part, const std::function<void(std::v
   const GlobalScale global = needs_global(part.kind) ? global_scale(*part.tensor) : GlobalScale{1.0f};
   if (part.kind == SynthPartKind::kNvfp4Codes) {
     sf_owner_ = part.tensor->name;
+    stage(*part.tensor);
     sf_.resize(static_cast<size_t>(source.rows() * source.cols() / kNvfp4GroupSize));
   }
   const int64_t unit_rows = part.rows_per_unit();
@@ -115,13 +116,34 @@ void SynthEncoder::encode(const SynthPart& part, const std::function<void(std::v
     });
     sink(std::move(chunk));
   }
+  if (part.kind == SynthPartKind::kNvfp4Codes) {
+    const auto done = staged_.find(part.tensor->name);
+    spare_.push_back(std::move(done->second.values));
+    staged_.erase(done);
+  }
 }
 
-float SynthEncoder::amax_of(const LogicalTensor& tensor) {
+SynthEncoder::Staged& SynthEncoder::stage(const LogicalTensor& tensor) {
+  const auto [it, is_new] = staged_.try_emplace(tensor.name);
+  Staged& staged = it->second;
+  if (!is_new) return staged;
   const SynthSource source(seed_, tensor, config_);
+  const int64_t cols = source.cols();
+  if (!spare_.empty()) {
+    staged.values = std::move(spare_.back());
+    spare_.pop_back();
+  }
+  staged.values.resize(static_cast<size_t>(source.rows() * cols));
   std::vector<float> row_amax(static_cast<size_t>(source.rows()));
-  pool_.parallel_for(source.rows(), [&](int64_t row) { row_amax[static_cast<size_t>(row)] = source.row_amax(row); });
-  return *std::max_element(row_amax.begin(), row_amax.end());
+  pool_.parallel_for_with_thread(source.rows(), [&](int64_t row, int thread) {
+    std::vector<float>& values = scratch_[static_cast<size_t>(thread)];
+    values.resize(static_cast<size_t>(cols));
+    source.fill_row(row, values.data());
+    row_amax[static_cast<size_t>(row)] = synth_amax(values.data(), cols);
+    synth_encode_bf16(values.data(), cols, &staged.values[static_cast<size_t>(row * cols)]);
+  });
+  staged.amax = *std::max_element(row_amax.begin(), row_amax.end());
+  return staged;
 }
 
 // As decoders will multiply: for compressed-tensors the reciprocal of the stored divisor. w1 and w3 share theirs.
@@ -130,11 +152,11 @@ GlobalScale SynthEncoder::global_scale(const LogicalTensor& tensor) {
   const bool is_down = tensor.name.ends_with("w2");
   const std::string key = stem + (is_down ? "w2" : "w13");
   if (const auto it = globals_.find(key); it != globals_.end()) return it->second;
-  float amax = amax_of(tensor);
+  float amax = stage(tensor).amax;
   if (!is_down) {
     LogicalTensor other = tensor;
     other.name = stem + (tensor.name.ends_with("w1") ? "w3" : "w1");
-    amax = std::max(amax, amax_of(other));
+    amax = std::max(amax, stage(other).amax);
   }
   GlobalScale global = nvfp4_global_scale(amax);
   if (variant_ == SynthVariant::kCompressed) global = rcp(rcp(global));
@@ -175,7 +197,11 @@ void SynthEncoder::encode_unit(const SynthPart& part, const SynthSource& source,
   }
   const int64_t cols = source.cols();
   values.resize(static_cast<size_t>(cols));
-  source.fill_row(unit, values.data());
+  if (part.kind == SynthPartKind::kNvfp4Codes) {
+    synth_decode_bf16(&staged_.at(part.tensor->name).values[static_cast<size_t>(unit * cols)], cols, values.data());
+  } else {
+    source.fill_row(unit, values.data());
+  }
   const float* x = values.data();
   switch (part.kind) {
     case SynthPartKind::kF32:

@@ -58,7 +58,12 @@ class SynthEncoder {
   void encode(const SynthPart& part, const std::function<void(std::vector<std::byte>)>& sink);
 
  private:
-  float amax_of(const LogicalTensor& tensor);
+  // The matrix as bf16 values, made once: its amax is wanted before its codes, and by w1 that of w3, too.
+  struct Staged {
+    std::vector<uint16_t> values;
+    float amax = 0.0f;
+  };
+  Staged& stage(const LogicalTensor& tensor);
   GlobalScale global_scale(const LogicalTensor& tensor);
   float input_scale(const LogicalTensor& tensor) const;
   void encode_unit(const SynthPart& part, const SynthSource& source, GlobalScale global, int64_t unit, std::byte* out,
@@ -75,6 +80,8 @@ class SynthEncoder {
   std::vector<std::byte> sf_;
   std::string sf_owner_;
   std::unordered_map<std::string, GlobalScale> globals_;
+  std::unordered_map<std::string, Staged> staged_;  // by name, until the codes are made
+  std::vector<std::vector<uint16_t>> spare_;        // memory of those that are done
 };
 
 }  // namespace dsv4

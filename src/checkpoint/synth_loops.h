@@ -19,12 +19,14 @@ constexpr uint64_t kSynthGolden = 0x9e3779b97f4a7c15ull;
 // out[i] = mean + deviation * normal(mix(key + (first + i) * golden)), rounded to bf16 if asked.
 void synth_normals(uint64_t key, uint64_t first, int64_t count, float mean, float deviation, bool round, float* out);
 
-// max over i of |values of synth_normals| for mean 0, without making them: they grow with the magnitude of an integer.
-float synth_normals_amax(uint64_t key, uint64_t first, int64_t count, float deviation, bool round);
+// max |x|; no NaN among them.
+float synth_amax(const float* x, int64_t count);
 
 // One row under the weight rule of codec/nvfp4.h: codes [cols / 2], sf [cols / 16]. Finite values.
 void synth_nvfp4_row(const float* x, int64_t cols, GlobalScale global, uint8_t* codes, uint8_t* sf);
 
+// Finite values.
 void synth_encode_bf16(const float* x, int64_t count, uint16_t* out);
+void synth_decode_bf16(const uint16_t* x, int64_t count, float* out);
 
 }  // namespace dsv4

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "base/check.h"
 #include "checkpoint/synth_loops.h"
 
 namespace dsv4 {
@@ -48,11 +47,6 @@ SynthSource::SynthSource(uint64_t seed, const LogicalTensor& tensor, const Model
 void SynthSource::fill_row(int64_t row, float* out) const {
   synth_normals(key_, static_cast<uint64_t>(row * cols_), cols_, mean_, deviation_, round_, out);
   for (int stream = 0; stream < comb_streams_; ++stream) out[2 * comb_streams_ + stream * (comb_streams_ + 1)] += 2.0f;
-}
-
-float SynthSource::row_amax(int64_t row) const {
-  DSV4_CHECK(mean_ == 0.0f && comb_streams_ == 0, "amax of values that are not centred");
-  return synth_normals_amax(key_, static_cast<uint64_t>(row * cols_), cols_, deviation_, round_);
 }
 
 void fill_synth_expert_row(uint64_t seed, const std::string& name, int64_t token, int num_experts, int num_topk,

@@ -16,7 +16,6 @@ class SynthSource {
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
   void fill_row(int64_t row, float* out) const;  // [cols]
-  float row_amax(int64_t row) const;             // of a matrix of weights (mean 0)
 
  private:
   uint64_t key_;

@@ -6,6 +6,7 @@
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/inventory.h"
 #include "checkpoint/stored_matrix.h"
+#include "checkpoint/synth_loops.h"
 #include "checkpoint_test_util.h"
 #include "codec/e4m3.h"
 #include "codec/fp8_block.h"
@@ -223,6 +224,41 @@ TEST(Synth, RefusesWhatItCannotWrite) {
   expect_bad_input({"hidden_size"}, [&] { write_synth_checkpoint(folder / "new", options); });
   expect_error(ErrorKind::kUsage, {"fp5", "modelopt"}, [] { synth_variant_from_name("fp5"); });
   expect_error(ErrorKind::kUsage, {"mini", "flash"}, [] { synth_shape_config("mini"); });
+}
+
+// The definition, one element at a time; the loops may not differ on any instruction set or length.
+TEST(SynthLoops, ValuesAndCodesEqualTheirDefinitions) {
+  const auto value_of = [](uint64_t counter, float mean, float deviation) {
+    const uint64_t bits = synth_mix(counter);
+    const int64_t sum = static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
+    return mean + deviation * (static_cast<float>(sum - 131070) * (1.0f / 37837.0f));
+  };
+  for (const int64_t count : {1, 7, 8, 9, 64, 4112}) {
+    for (const uint64_t key : {1ull, 0x8000000000000000ull, 0xfedcba9876543210ull}) {
+      std::vector<float> exact(static_cast<size_t>(count)), rounded(exact);
+      synth_normals(key, 12345, count, 1.0f, 0.0173f, false, exact.data());
+      synth_normals(key, 12345, count, 0.0f, 0.0173f, true, rounded.data());
+      float amax = 0.0f;
+      for (int64_t i = 0; i < count; ++i) {
+        const uint64_t counter = key + (12345 + static_cast<uint64_t>(i)) * kSynthGolden;
+        ASSERT_EQ(exact[static_cast<size_t>(i)], value_of(counter, 1.0f, 0.0173f)) << i << " of " << count;
+        ASSERT_EQ(rounded[static_cast<size_t>(i)], round_bf16(value_of(counter, 0.0f, 0.0173f))) << i << " of " << count;
+        amax = std::max(amax, std::fabs(rounded[static_cast<size_t>(i)]));
+      }
+      EXPECT_EQ(synth_amax(rounded.data(), count), amax);
+      if (count % kNvfp4GroupSize != 0) continue;
+      rounded[3] = -0.0f, rounded[5] = 0.0f;
+      std::fill(rounded.begin() + 16, rounded.begin() + 32, 0.0f);  // an all-zero group
+      std::vector<uint8_t> codes(static_cast<size_t>(count / 2)), sf(static_cast<size_t>(count / 16));
+      const GlobalScale global = nvfp4_global_scale(amax);
+      synth_nvfp4_row(rounded.data(), count, global, codes.data(), sf.data());
+      for (int64_t g = 0; g < count / 16; ++g) {
+        const Nvfp4Group group = encode_nvfp4_weight_group(&rounded[static_cast<size_t>(g * 16)], global);
+        ASSERT_EQ(sf[static_cast<size_t>(g)], group.sf);
+        ASSERT_EQ(std::memcmp(&codes[static_cast<size_t>(g * 8)], group.codes, 8), 0) << g;
+      }
+    }
+  }
 }
 
 TEST(Synth, ProgressReachesTheTotal) {
