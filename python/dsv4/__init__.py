@@ -237,7 +237,10 @@ def compress_quantize(
     check_indices=True,
     stream=None,
 ):
-    """Compressor from projections to finished cache rows, in place (docs/kernels/compress_quantize.md). CUDA arrays only.
+    """Compressor from projections to finished cache rows, in place (docs/kernels/compress_quantize.md).
+
+    The one function whose CPU and CUDA results may differ: the kernel sums a window's softmax in another order, so a pooled value
+    may round to the neighbouring bfloat16.
 
     kind           "csa" (ratio 4, dim 512, width 1024, 8 state rows), "hca" (128, 512, 512, 128), "indexer" (4, 128, 256, 8)
     value, gate    float32 [tokens, width] projections, without the position bias
@@ -254,13 +257,10 @@ def compress_quantize(
     range: not stored; rope_rows int32 [tokens], rows of cos_sin for position window * ratio, used where a window completes.
     A chunk of one sequence: first_position; the state arrays without their first axis; slots and rope_rows int32 [completed windows].
 
-    check_indices  checking copies the index arrays to the host and waits; False skips it, and a bad index then reaches memory it should not.
+    check_indices  checking CUDA index arrays copies them to the host and waits; False skips it, and a bad index then reaches memory it should
+                   not. CPU arrays are always checked.
     """
     caller = Caller("value", value, stream)
-    if not caller.cuda:
-        raise value_error("value", "a CUDA array (compress_quantize has no CPU implementation)", "cpu")
-    if not has_cuda:
-        raise value_error("value", "a build of dsv4 with CUDA (pip install . -C cmake.define.DSV4_CUDA=ON)", "a CPU-only build")
     decoding = positions is not None and states is not None and first_position is None
     chunk = positions is None and states is None and first_position is not None
     if not decoding and not chunk:

@@ -238,9 +238,9 @@ NB_MODULE(_ops, module) {
              "sf_layout"_a, "global_scale"_a.none(), "codes"_a.none(), "sf"_a.none(), "y"_a.none(), "row_global"_a.none(), "stream"_a);
   module.def("dequantize", py_dequantize, "codes"_a, "sf"_a, "indices"_a.none(), "global_scale"_a.none(), "sf_layout"_a, "check_indices"_a, "y"_a,
              "stream"_a);
+  bind_compress(module);
 #ifdef DSV4_PYTHON_CUDA
   module.attr("has_cuda") = true;
-  bind_compress(module);
 #else
   module.attr("has_cuda") = false;
 #endif

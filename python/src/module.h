@@ -5,7 +5,7 @@
 
 namespace dsv4::py {
 
-// compress_quantize exists on CUDA devices only: the CPU's compressor keeps its state differently (ops/compressor).
+// compress_decode and compress_prefill.
 void bind_compress(nanobind::module_& module);
 
 }  // namespace dsv4::py

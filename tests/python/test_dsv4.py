@@ -303,9 +303,9 @@ ERRORS = {
     "tiled sf shape": (lambda: dsv4.dequantize(CODES, SF, sf_layout="128x4"), "sf: expected shape (128, 4) or (512), found shape (4, 4)"),
     "result dtype": (lambda: dsv4.dequantize(CODES, SF, dtype="float16"), "dtype: expected 'float32' or 'bfloat16', found 'float16'"),
     "stream": (lambda: dsv4.dequantize(CODES, SF, stream=5), "stream: expected None, as codes is on the CPU, found 5"),
-    "compress on the CPU": (
-        lambda: dsv4.compress_quantize("csa", *[X] * 10, row_format="bf16", rows_per_page=64, first_position=0),
-        "value: expected a CUDA array (compress_quantize has no CPU implementation), found cpu",
+    "compress dtype": (
+        lambda: dsv4.compress_quantize("csa", *[CODES] * 10, row_format="bf16", rows_per_page=64, first_position=0),
+        "value: expected dtype float32, found uint8",
     ),
 }
 
@@ -323,3 +323,88 @@ def test_a_refused_call_writes_nothing():
     with pytest.raises(ValueError):
         dsv4.dequantize_rows(CODES, SF, int32(0, 9), out=out)
     assert np.all(out == 7)
+
+
+# ---- compress_quantize ----
+
+COMPRESSORS = {"csa": (4, 512, 1024, 8), "hca": (128, 512, 512, 128), "indexer": (4, 128, 256, 8)}  # ratio, dim, width, state rows
+ROW_BYTES = {("csa", "bf16"): 1024, ("csa", "nvfp4"): 384, ("hca", "bf16"): 1024, ("hca", "fp8"): 584, ("indexer", "bf16"): 256, ("indexer", "fp4"): 68}
+
+
+class Compression:
+    """One sequence, its pages and its state; run(sizes) feeds chunks of these sizes, single tokens through the decode form."""
+
+    def __init__(self, kind, row_format, windows=3):
+        self.kind, self.row_format, self.windows = kind, row_format, windows
+        self.ratio, self.dim, self.width, self.state_rows = COMPRESSORS[kind]
+        random = np.random.default_rng(7)
+        self.tokens = windows * self.ratio + 2
+        self.value, self.gate = (random.standard_normal((self.tokens, self.width), dtype=np.float32) for _ in range(2))
+        self.ape = random.standard_normal((self.ratio, self.width), dtype=np.float32)
+        self.norm_weight = reference.to_bf16(random.standard_normal(self.dim, dtype=np.float32))
+        angle = random.standard_normal((windows + 1, 32), dtype=np.float32)
+        self.cos_sin = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+
+    def run(self, *sizes):
+        pages = np.zeros((windows_to_pages(self.windows), (2 * ROW_BYTES[self.kind, self.row_format] + 15) // 16 * 16), np.uint8)
+        state_value = np.zeros((2, self.state_rows, self.width), np.float32)
+        state_gate = np.full_like(state_value, -np.inf)
+        options = dict(row_format=self.row_format, rows_per_page=2)
+        shared = self.ape, self.norm_weight, self.cos_sin
+        first = 0
+        for size in sizes:
+            rows = slice(first, first + size)
+            if size == 1:
+                window = int32(first // self.ratio)
+                dsv4.compress_quantize(
+                    self.kind, self.value[rows], self.gate[rows], *shared, state_value, state_gate, pages, window, window,
+                    positions=int32(first), states=int32(1), **options,
+                )
+            else:
+                ids = np.arange(first // self.ratio, (first + size) // self.ratio, dtype=np.int32)
+                dsv4.compress_quantize(
+                    self.kind, self.value[rows], self.gate[rows], *shared, state_value[1], state_gate[1], pages, ids, ids, first_position=first, **options
+                )
+            first += size
+        return pages
+
+    def rows(self):
+        """Finished rows in float64, rounded nowhere."""
+        value, gate = self.value.astype(float), (self.gate + self.ape[np.arange(self.tokens) % self.ratio]).astype(float)
+        result = np.empty((self.windows, self.dim))
+        for w in range(self.windows):
+            own = slice(w * self.ratio, (w + 1) * self.ratio)
+            v, g = value[own, self.width - self.dim :], gate[own, self.width - self.dim :]
+            if self.width > self.dim and w > 0:
+                before = slice((w - 1) * self.ratio, w * self.ratio)
+                v, g = np.concatenate([value[before, : self.dim], v]), np.concatenate([gate[before, : self.dim], g])
+            weight = np.exp(g - g.max(axis=0))
+            row = (weight * v).sum(axis=0) / weight.sum(axis=0)
+            row *= reference.from_bf16(self.norm_weight) / np.sqrt(np.mean(row**2) + 1e-6)
+            even, odd, cos, sin = row[-64::2].copy(), row[-63::2].copy(), self.cos_sin[w, :32], self.cos_sin[w, 32:]
+            row[-64::2], row[-63::2] = even * cos - odd * sin, even * sin + odd * cos
+            result[w] = row
+        return result
+
+
+def windows_to_pages(windows):
+    return (windows + 1) // 2
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_compressed_rows_are_near_float64(kind):
+    compression = Compression(kind, "bf16")
+    pages = compression.run(compression.tokens)
+    stored = pages[:, : 4 * compression.dim].reshape(-1).view(np.uint16).reshape(-1, compression.dim)[: compression.windows]
+    want = compression.rows()
+    size = np.maximum(np.abs(want), np.abs(want.reshape(-1, 2)[:, ::-1].reshape(want.shape)))  # rotation adds the partner's rounding
+    assert np.all(np.abs(reference.from_bf16(stored) - want) <= size * 2.0**-6 + 2e-3)
+
+
+@pytest.mark.parametrize("kind, row_format", ROW_BYTES)
+def test_compressing_token_by_token_gives_the_chunks_pages(kind, row_format):
+    compression = Compression(kind, row_format)
+    whole = compression.run(compression.tokens)
+    assert whole.any()
+    assert np.array_equal(compression.run(*[1] * compression.tokens), whole)
+    assert np.array_equal(compression.run(3, 1, 1, compression.tokens - 5), whole)

@@ -132,20 +132,20 @@ def test_device_errors():
         dsv4.quantize(torch.zeros(65, device="cuda")[1:].view(1, 64))
 
 
-@needs_gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind, ratio, dim, width, state_rows, row_format, row_bytes", [("csa", 4, 512, 1024, 8, "nvfp4", 384), ("indexer", 4, 128, 256, 8, "fp8", 132)])
-def test_compressing_token_by_token_gives_the_chunks_pages(kind, ratio, dim, width, state_rows, row_format, row_bytes):
+def test_compressing_token_by_token_gives_the_chunks_pages(device, kind, ratio, dim, width, state_rows, row_format, row_bytes):
     tokens = 12
     windows = tokens // ratio
-    value, gate = random_rows(tokens, width, torch.float32, 1).cuda(), random_rows(tokens, width, torch.float32, 2).cuda()
-    shared = [random_rows(ratio, width, torch.float32, 3).cuda(), random_rows(1, dim, seed=4)[0].cuda(), random_rows(windows, 64, torch.float32, 5).cuda()]
+    value, gate = random_rows(tokens, width, torch.float32, 1).to(device), random_rows(tokens, width, torch.float32, 2).to(device)
+    shared = [random_rows(ratio, width, torch.float32, 3).to(device), random_rows(1, dim, seed=4)[0].to(device), random_rows(windows, 64, torch.float32, 5).to(device)]
 
     def fresh():
         page_bytes = (4 * row_bytes + 15) // 16 * 16
-        return torch.zeros(1, state_rows, width, device="cuda"), torch.full((1, state_rows, width), -torch.inf, device="cuda"), torch.zeros(1, page_bytes, dtype=torch.uint8, device="cuda")
+        return torch.zeros(1, state_rows, width, device=device), torch.full((1, state_rows, width), -torch.inf, device=device), torch.zeros(1, page_bytes, dtype=torch.uint8, device=device)
 
     def int32(*values):
-        return torch.tensor(values, dtype=torch.int32, device="cuda")
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
     options = dict(row_format=row_format, rows_per_page=4)
     state_value, state_gate, chunk_pages = fresh()

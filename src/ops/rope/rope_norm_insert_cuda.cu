@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) rope_norm_insert_kernel(const RopeNo
 constexpr uint32_t kGathered = 4;
 
 template <KvFormat kFormat>
-__global__ void __launch_bounds__(kThreads) gather_kv_rows_kernel(const GatherKvRowsArgs args, const gpu::FastDiv by_rows_per_page) {
+__global__ void __launch_bounds__(kThreads, 3) gather_kv_rows_kernel(const GatherKvRowsArgs args, const gpu::FastDiv by_rows_per_page) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32 * kGathered;

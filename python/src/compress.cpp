@@ -1,4 +1,4 @@
-// dsv4._ops.compress_decode and compress_prefill: ops/compressor/compressor_gpu.h on the caller's arrays, updated in place.
+// dsv4._ops.compress_decode and compress_prefill: ops/compressor/compress_quantize.h on the caller's arrays, updated in place.
 #include <fmt/format.h>
 #include <nanobind/stl/string.h>
 
@@ -6,7 +6,10 @@
 
 #include "device.h"
 #include "module.h"
+#include "ops/compressor/compress_quantize.h"
+#ifdef DSV4_PYTHON_CUDA
 #include "ops/compressor/compressor_gpu.h"
+#endif
 
 namespace dsv4::py {
 namespace {
@@ -40,7 +43,7 @@ struct CommonArrays {
   int64_t num_tokens() const { return value.size(0); }
 
   CompressCommon checked(bool one_sequence, const std::string& row_format, int64_t rows_per_page, float rms_eps) const {
-    if (!value.device().cuda) throw_value_error("value", "a CUDA array (compress_quantize has no CPU implementation)", "cpu");
+    check_device(value);
     const auto dense = [&](const Array& array) -> const Array& { return array.of(Type::kFloat32).contiguous().on(value).aligned(); };
     dense(value.with_ndim(2)).shaped({num_tokens(), traits.width});
     dense(gate).shaped({num_tokens(), traits.width});
@@ -114,12 +117,10 @@ void compress_decode(std::string kind, nb::object value, nb::object gate, nb::ob
   const Array rope_rows("rope_rows", rope_rows_object, Access::kRead), slots("slots", slots_object, Access::kRead);
   const CompressCommon common = arrays.checked(false, row_format, rows_per_page, rms_eps);
   for (const Array* array : {&positions, &states, &rope_rows, &slots}) array->of(Type::kInt32).shaped({arrays.num_tokens()}).contiguous().on(arrays.value);
-  if (check_indices) check_decode_indices(arrays, positions, states, rope_rows, stream);
+  if (check_indices || !arrays.value.device().cuda) check_decode_indices(arrays, positions, states, rope_rows, stream);
   const CompressDecodeArgs args{common, positions.data<const int32_t>(), states.data<const int32_t>(), rope_rows.data<const int32_t>(),
                                 slots.data<const int32_t>(), arrays.num_tokens()};
-  const nb::gil_scoped_release without_gil;
-  const DeviceScope scope(arrays.value.device().ordinal);
-  compress_quantize(args, gpu_context(arrays.value.device().ordinal, stream));
+  run_where(arrays.value, stream, [&](const auto& context) { compress_quantize(args, context); });
 }
 
 void compress_prefill(std::string kind, nb::object value, nb::object gate, nb::object ape, nb::object norm_weight, nb::object cos_sin, nb::object state_value,
@@ -132,11 +133,9 @@ void compress_prefill(std::string kind, nb::object value, nb::object gate, nb::o
     throw_value_error("first_position", "a position whose chunk ends below 2^31", std::to_string(first_position));
   const int64_t windows = (first_position + arrays.num_tokens()) / arrays.traits.ratio - first_position / arrays.traits.ratio;
   for (const Array* array : {&rope_rows, &slots}) array->of(Type::kInt32).shaped({windows}).contiguous().on(arrays.value);
-  if (check_indices) check_bounds("rope_rows", host_copy(rope_rows, stream), 0, arrays.cos_sin.size(0), "rows of cos_sin");
+  if (check_indices || !arrays.value.device().cuda) check_bounds("rope_rows", host_copy(rope_rows, stream), 0, arrays.cos_sin.size(0), "rows of cos_sin");
   const CompressPrefillArgs args{common, first_position, arrays.num_tokens(), rope_rows.data<const int32_t>(), slots.data<const int32_t>()};
-  const nb::gil_scoped_release without_gil;
-  const DeviceScope scope(arrays.value.device().ordinal);
-  compress_quantize(args, gpu_context(arrays.value.device().ordinal, stream));
+  run_where(arrays.value, stream, [&](const auto& context) { compress_quantize(args, context); });
 }
 
 }  // namespace
