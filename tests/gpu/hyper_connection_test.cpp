@@ -115,6 +115,67 @@ TEST(GpuHyperConnection, HeadCollapseEqualsReference) {
   }
 }
 
+// Logits far apart make Sinkhorn slow and its first column sums tiny. The scale multiplies the mix's error: 20 * 1e-6 in each logit.
+TEST(GpuHyperConnection, CombOfLogitsFarApartEqualsReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const float scale : {20.0f, 80.0f}) {
+    Inputs in(24, 1024, 24);
+    in.scale[2] = scale;
+    Device d(machine, in);
+    hyper_connection_boundary(d.args(in, false), machine.gpu);
+    const HcShape shape{24, 1024, 4, 20, kEps, kEps, true};
+    std::vector<float> y(24 * 1024), post(24 * 4), comb(24 * 16);
+    hc_pre(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(d.streams_out.host()).data(), y.data(), post.data(), comb.data(), machine.cpu);
+    const std::vector<float> got = d.comb_out.host();
+    for (size_t i = 0; i < comb.size(); ++i) ASSERT_NEAR(got[i], comb[i], 5e-6f * scale) << "scale " << scale << ", comb " << i;
+  }
+}
+
+// Everything a call writes, of a call with all tokens and of calls with few (other kernels, one tile a cluster).
+void expect_bytes_of_short_calls(int64_t tokens, int64_t hidden) {
+  SCOPED_TRACE(std::to_string(tokens) + " tokens, hidden " + std::to_string(hidden));
+  Machine machine;
+  const Inputs in(tokens, hidden, 24);
+  Device whole(machine, in), parts(machine, in);
+  const auto args_of = [&](Device& d) {
+    HcBoundaryArgs args = d.args(in, false);
+    args.out = {.format = RowFormat::kNvfp4, .global_mode = GlobalMode::kComputeRow, .codes = d.codes.data(), .sf = d.sf.data(), .y = d.y.data(), .row_global = d.row_global.data()};
+    return args;
+  };
+  hyper_connection_boundary(args_of(whole), machine.gpu);
+  constexpr int64_t kPart = 24;
+  for (int64_t first = 0; first < tokens; first += kPart) {
+    HcBoundaryArgs args = args_of(parts);
+    args.num_tokens = std::min(kPart, tokens - first);
+    args.streams += first * 4 * hidden, args.streams_out += first * 4 * hidden, args.sublayer_out += first * hidden;
+    args.post += first * 4, args.post_out += first * 4, args.comb += first * 16, args.comb_out += first * 16;
+    args.out.codes += first * hidden / 2, args.out.sf += first * hidden / 16, args.out.y += first * hidden, args.out.row_global += first;
+    hyper_connection_boundary(args, machine.gpu);
+  }
+  expect_same_bytes(whole.streams_out.host(), parts.streams_out.host(), "streams");
+  expect_same_bytes(whole.post_out.host(), parts.post_out.host(), "post");
+  expect_same_bytes(whole.comb_out.host(), parts.comb_out.host(), "comb");
+  expect_same_bytes(whole.y.host(), parts.y.host(), "rows");
+  expect_same_bytes(whole.codes.host(), parts.codes.host(), "codes");
+  expect_same_bytes(whole.sf.host(), parts.sf.host(), "scale factors");
+  expect_same_bytes(whole.row_global.host(), parts.row_global.host(), "row globals");
+}
+
+TEST(GpuHyperConnection, TwoTeamsOfWarpsGiveTheBytesOfOne) {
+  DSV4_NEEDS_GPU();
+  expect_bytes_of_short_calls(130, 512);
+  expect_bytes_of_short_calls(130, 4096);
+}
+
+// More tiles a cluster than it has CTAs: every exchange buffer and every owner of post and comb comes round again.
+TEST(GpuHyperConnection, LongCallsGiveTheBytesOfShortOnes) {
+  DSV4_NEEDS_GPU();
+  expect_bytes_of_short_calls(8000, 512);
+  expect_bytes_of_short_calls(2400, 4096);
+  expect_bytes_of_short_calls(1000, 7168);
+}
+
 TEST(GpuHyperConnection, WidthsWithoutAClusterAreRefused) {
   DSV4_NEEDS_GPU();
   Machine machine;

@@ -1,7 +1,10 @@
-// compress_quantize: a thread pools eight slots of four channels; slot groups, then CTAs of a cluster, are merged in shared memory.
+// compress_quantize: a thread pools eight slots of four channels; slot groups are merged by shuffles, then in shared memory. The threads
+// that end up with the channels normalise, rotate and encode them where they are: the only exchange left is the norm's sum (HCA: one
+// round of asynchronous stores between the CTAs of a cluster).
 #include "gpu/launch.h"
 #include "gpu/ptx/sync.cuh"
 #include "ops/compressor/compressor_gpu.h"
+#include "ops/compressor/kv_quad_device.cuh"
 #include "ops/quantize/kv_row_device.cuh"
 
 namespace dsv4 {
@@ -13,18 +16,21 @@ struct Traits {
   static constexpr CompressorTraits kShape = compressor_traits(kKind);
   static constexpr bool kOverlap = kKind != CompressorKind::kHca;
   static constexpr int kSlots = kOverlap ? 2 * kShape.ratio : kShape.ratio;
-  static constexpr int kBatch = 8;                                              // slots a thread loads at once
-  static constexpr int kSlotsPerThread = kOverlap ? 8 : 16;
-  static constexpr int kGroups = kSlots / kSlotsPerThread;                      // 1, HCA 8
+  static constexpr int kSlotsPerThread = 8;
+  static constexpr int kGroups = kSlots / kSlotsPerThread;                      // 1, HCA 16
   static constexpr int kClusterCtas = kKind == CompressorKind::kHca ? 8 : 1;
   static constexpr int kChannels = kShape.dim / kClusterCtas;                   // of one CTA
   static constexpr int kLanes = kChannels / 4;                                  // threads across the channels
-  static constexpr int kThreads = kLanes * kGroups;
+  static constexpr int kThreads = kLanes * kGroups, kWarps = kThreads / 32;
+  static constexpr int kActiveWarps = (kLanes + 31) / 32;                       // that hold finished channels
+  static constexpr int kHalves = kOverlap ? 2 : 1;
+  static constexpr int kTokenPieces = (kLanes * kHalves + kThreads - 1) / kThreads;  // of a token, four channels each, a thread stores
   struct SharedStorage {
-    alignas(16) float row[kShape.dim];  // in the cluster's first CTA: the finished row
-    float4 max[kGroups][kLanes], sum[kGroups][kLanes], weighted[kGroups][kLanes];
-    double square_sums[kClusterCtas];
-    double warp_sums[32];
+    alignas(8) uint64_t squares_barrier;
+    float square_sums[kClusterCtas];
+    float warp_sums[kActiveWarps];
+    static constexpr int kParts = kGroups > 1 ? kWarps : 1, kPartLanes = kGroups > 1 ? kLanes : 1;
+    float4 max[kParts][kPartLanes], sum[kParts][kPartLanes], weighted[kParts][kPartLanes];
   };
 };
 
@@ -48,20 +54,44 @@ __device__ __forceinline__ Float4 load4(const float* pointer) {
 }
 __device__ __forceinline__ void store4(float* pointer, const Float4& v) { *reinterpret_cast<float4*>(pointer) = {v.v[0], v.v[1], v.v[2], v.v[3]}; }
 
-// Writes a token's projections into its ring row; channels [first, first + 4 * threads) of both halves.
+// What a thread writes of a token's projections into its ring row; loaded early, stored when everything else has arrived too.
 template <class T>
-__device__ __forceinline__ void store_token(const CompressCommon& args, const Window& window, int64_t position, int first_channel, int thread, int num_threads) {
-  constexpr int kHalves = T::kOverlap ? 2 : 1;
-  const int64_t from = (position - window.first_fresh) * T::kShape.width, to = position % T::kShape.state_rows * T::kShape.width;
-  const float* ape = args.ape + position % T::kShape.ratio * T::kShape.width;
-  for (int i = thread; i < T::kLanes * kHalves; i += num_threads) {
-    const int c = first_channel + i / T::kLanes * T::kShape.dim + i % T::kLanes * 4;
-    store4(window.state_value + to + c, load4(window.value + from + c));
-    Float4 gate = load4(window.gate + from + c);
-    const Float4 bias = load4(ape + c);
+struct TokenPieces {
+  Float4 value[T::kTokenPieces], gate[T::kTokenPieces];
+};
+template <class T>
+__device__ __forceinline__ int piece_channel(int piece, int first_channel) {
+  const int i = static_cast<int>(threadIdx.x) + piece * T::kThreads;
+  return first_channel + i / T::kLanes * T::kShape.dim + i % T::kLanes * 4;
+}
+template <class T>
+__device__ __forceinline__ bool has_piece(int piece) {
+  return static_cast<int>(threadIdx.x) + piece * T::kThreads < T::kLanes * T::kHalves;
+}
+template <class T>
+__device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args, const Window& window, int64_t position, int first_channel) {
+  TokenPieces<T> pieces{};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) gate.v[j] += bias.v[j];
-    store4(window.state_gate + to + c, gate);
+  for (int i = 0; i < T::kTokenPieces; ++i) {
+    if (!has_piece<T>(i)) continue;
+    const int c = piece_channel<T>(i, first_channel);
+    const int64_t from = (position - window.first_fresh) * T::kShape.width + c;
+    pieces.value[i] = load4(window.value + from);
+    pieces.gate[i] = load4(window.gate + from);
+    const Float4 bias = load4(args.ape + static_cast<uint32_t>(position) % T::kShape.ratio * T::kShape.width + c);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pieces.gate[i].v[j] += bias.v[j];
+  }
+  return pieces;
+}
+template <class T>
+__device__ __forceinline__ void store_token(const Window& window, int64_t position, int first_channel, const TokenPieces<T>& pieces) {
+#pragma unroll
+  for (int i = 0; i < T::kTokenPieces; ++i) {
+    if (!has_piece<T>(i)) continue;
+    const int64_t to = int64_t{static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width} + piece_channel<T>(i, first_channel);
+    store4(window.state_value + to, pieces.value[i]);
+    store4(window.state_gate + to, pieces.gate[i]);
   }
 }
 
@@ -90,146 +120,145 @@ __device__ __forceinline__ void load_slot(const CompressCommon& args, const Wind
   }
 }
 
-// Softmax pooling of the window's slots for this thread's four channels; the result is in the threads of slot group 0.
-template <class T>
-__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared) {
-  const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
-  const int channel = first_channel + lane * 4;
-  const int64_t window_end = window.position + 1;
-  Float4 max = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}}, sum = {}, weighted = {};
-  constexpr int kBatches = T::kSlotsPerThread / T::kBatch;
-  Float4 gates[T::kBatch], values[T::kBatch], next_gates[T::kBatch], next_values[T::kBatch];
+// Softmax pooling under way: of four channels, over some of the window's slots.
+struct Pooled {
+  Float4 max, sum, weighted;
+};
+
+// Another part of the same window's slots comes in. A part without slots has max -inf and sum 0.
+__device__ __forceinline__ void merge(Pooled& a, const Pooled& b) {
 #pragma unroll
-  for (int j = 0; j < T::kBatch; ++j) load_slot<T>(args, window, window_end, group * T::kSlotsPerThread + j, channel, values[j], gates[j]);
-#pragma unroll
-  for (int batch = 0; batch < kBatches; ++batch) {
-    if (batch + 1 < kBatches)
-#pragma unroll
-      for (int j = 0; j < T::kBatch; ++j)
-        load_slot<T>(args, window, window_end, group * T::kSlotsPerThread + (batch + 1) * T::kBatch + j, channel, next_values[j], next_gates[j]);
-    Float4 new_max = max;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < T::kBatch; ++j) new_max.v[i] = fmaxf(new_max.v[i], gates[j].v[i]);
-      const float factor = exp_below(max.v[i], new_max.v[i]);
-      sum.v[i] *= factor;
-      weighted.v[i] *= factor;
-#pragma unroll
-      for (int j = 0; j < T::kBatch; ++j) {
-        const float e = exp_below(gates[j].v[i], new_max.v[i]);
-        sum.v[i] += e;
-        weighted.v[i] = __fmaf_rn(e, values[j].v[i], weighted.v[i]);
-      }
-    }
-    max = new_max;
-#pragma unroll
-    for (int j = 0; j < T::kBatch; ++j) gates[j] = next_gates[j], values[j] = next_values[j];
+  for (int i = 0; i < 4; ++i) {
+    const float max = fmaxf(a.max.v[i], b.max.v[i]), own = exp_below(a.max.v[i], max), other = exp_below(b.max.v[i], max);
+    a.max.v[i] = max;
+    a.sum.v[i] = __fmaf_rn(b.sum.v[i], other, a.sum.v[i] * own);
+    a.weighted.v[i] = __fmaf_rn(b.weighted.v[i], other, a.weighted.v[i] * own);
   }
-  if constexpr (T::kGroups > 1) {
-    store4(reinterpret_cast<float*>(&shared.max[group][lane]), max);
-    store4(reinterpret_cast<float*>(&shared.sum[group][lane]), sum);
-    store4(reinterpret_cast<float*>(&shared.weighted[group][lane]), weighted);
-    __syncthreads();
-    if (group == 0) {
-      Float4 total = max;
-      for (int g = 1; g < T::kGroups; ++g)
+}
+__device__ __forceinline__ Pooled from_lane_xor(const Pooled& a, int mask) {
+  Pooled b;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total.v[i] = fmaxf(total.v[i], reinterpret_cast<const float*>(&shared.max[g][lane])[i]);
-      Float4 s = {}, w = {};
-      for (int g = 0; g < T::kGroups; ++g)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float m = reinterpret_cast<const float*>(&shared.max[g][lane])[i];
-          const float factor = exp_below(m, total.v[i]);
-          s.v[i] = __fmaf_rn(reinterpret_cast<const float*>(&shared.sum[g][lane])[i], factor, s.v[i]);
-          w.v[i] = __fmaf_rn(reinterpret_cast<const float*>(&shared.weighted[g][lane])[i], factor, w.v[i]);
-        }
-      sum = s, weighted = w;
-    }
+  for (int i = 0; i < 4; ++i) {
+    b.max.v[i] = __shfl_xor_sync(0xffffffffu, a.max.v[i], mask);
+    b.sum.v[i] = __shfl_xor_sync(0xffffffffu, a.sum.v[i], mask);
+    b.weighted.v[i] = __shfl_xor_sync(0xffffffffu, a.weighted.v[i], mask);
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) weighted.v[i] *= ptx::rcp_approx(sum.v[i]);
-  return weighted;
+  return b;
 }
 
-// What finish() needs from memory, fetched before the pooling waits for the state.
-struct FinishOperands {
-  uint2 weight;
+// The pooled channels, in the threads below kLanes (HCA: in both halves of warp 0). loaded() is called when the loads have arrived.
+template <class T, class Loaded>
+__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared, const Loaded& loaded) {
+  const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
+  const int channel = first_channel + lane * 4;
+  Float4 gates[T::kSlotsPerThread], values[T::kSlotsPerThread];
+#pragma unroll
+  for (int j = 0; j < T::kSlotsPerThread; ++j) load_slot<T>(args, window, window.position + 1, group * T::kSlotsPerThread + j, channel, values[j], gates[j]);
+  Pooled pooled;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float max = gates[0].v[i];
+#pragma unroll
+    for (int j = 1; j < T::kSlotsPerThread; ++j) max = fmaxf(max, gates[j].v[i]);
+    float sum = 0, weighted = 0;
+#pragma unroll
+    for (int j = 0; j < T::kSlotsPerThread; ++j) {
+      const float e = exp_below(gates[j].v[i], max);
+      sum += e;
+      weighted = __fmaf_rn(e, values[j].v[i], weighted);
+    }
+    pooled.max.v[i] = max, pooled.sum.v[i] = sum, pooled.weighted.v[i] = weighted;
+  }
+  loaded();
+  if constexpr (T::kGroups > 1) {
+    static_assert(T::kLanes == 16, "a warp holds two groups");
+    merge(pooled, from_lane_xor(pooled, 16));
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 < 16) {
+      store4(reinterpret_cast<float*>(&shared.max[warp][lane]), pooled.max);
+      store4(reinterpret_cast<float*>(&shared.sum[warp][lane]), pooled.sum);
+      store4(reinterpret_cast<float*>(&shared.weighted[warp][lane]), pooled.weighted);
+    }
+    __syncthreads();
+    if (warp == 0) {  // each half merges half of the warps' parts
+      constexpr int kParts = T::kWarps / 2;
+      const int first = group * kParts;
+      const auto part = [&](int w) {
+        return Pooled{load4(reinterpret_cast<const float*>(&shared.max[w][lane])), load4(reinterpret_cast<const float*>(&shared.sum[w][lane])),
+                      load4(reinterpret_cast<const float*>(&shared.weighted[w][lane]))};
+      };
+      pooled = part(first);
+#pragma unroll
+      for (int w = 1; w < kParts; ++w) merge(pooled, part(first + w));
+      merge(pooled, from_lane_xor(pooled, 16));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pooled.weighted.v[i] *= ptx::rcp_approx(pooled.sum.v[i]);
+  return pooled.weighted;
+}
+
+// What the end of a window needs from memory, fetched before the pooling waits for the state.
+struct Rotation {
   float2 cos, sin;
 };
 template <class T>
-__device__ __forceinline__ FinishOperands fetch_finish_operands(const CompressCommon& args, const Window& window, int first_channel) {
-  FinishOperands operands{};
-  if (threadIdx.x >= T::kLanes) return operands;
-  const int channel = first_channel + 4 * static_cast<int>(threadIdx.x), rope_channel = channel - (T::kShape.dim - kKvRopeDim);
-  operands.weight = __ldg(reinterpret_cast<const uint2*>(args.norm_weight + channel));
-  if (rope_channel >= 0) {
-    const float* cosines = args.cos_sin + int64_t{window.rope_row} * kKvRopeDim + rope_channel / 2;
-    operands.cos = *reinterpret_cast<const float2*>(cosines);
-    operands.sin = *reinterpret_cast<const float2*>(cosines + kKvRopeDim / 2);
-  }
-  return operands;
+__device__ __forceinline__ uint2 fetch_norm_weight(const CompressCommon& args, int first_channel) {
+  return __ldg(reinterpret_cast<const uint2*>(args.norm_weight + first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes)));
+}
+template <class T>
+__device__ __forceinline__ Rotation fetch_rotation(const CompressCommon& args, const Window& window, int first_channel) {
+  const int rope_channel = first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes) - (T::kShape.dim - kKvRopeDim);
+  if (rope_channel < 0) return {};
+  const float* cosines = args.cos_sin + int64_t{window.rope_row} * kKvRopeDim + rope_channel / 2;
+  return {*reinterpret_cast<const float2*>(cosines), *reinterpret_cast<const float2*>(cosines + kKvRopeDim / 2)};
 }
 
-// Norm, rotation and rounding of the pooled channels; the row ends up in the first CTA's shared.row.
+// Sum of squares of the whole row; every finishing thread gets it.
 template <class T>
-__device__ __forceinline__ void finish(const CompressCommon& args, const FinishOperands& operands, int first_channel, Float4 x, typename T::SharedStorage& shared) {
-  const uint32_t rank = T::kClusterCtas > 1 ? ptx::cluster_cta_rank() : 0;
-  const bool active = threadIdx.x < T::kLanes;
+__device__ __forceinline__ float row_squares(const Float4& x, typename T::SharedStorage& shared) {
+  float square = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) square = __fmaf_rn(x.v[i], x.v[i], square);
+  constexpr int kLanesOfWarp = T::kLanes < 32 ? T::kLanes : 32;
+#pragma unroll
+  for (int step = kLanesOfWarp / 2; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
+  if constexpr (T::kClusterCtas > 1) {
+    static_assert(T::kActiveWarps == 1);
+    const uint32_t rank = ptx::cluster_cta_rank();
+    if (threadIdx.x < T::kClusterCtas)
+      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.square_sums[rank], threadIdx.x), square, ptx::map_to_cta(&shared.squares_barrier, threadIdx.x));
+    ptx::mbarrier_wait_cluster(&shared.squares_barrier, 0);
+    square = 0;
+#pragma unroll
+    for (int r = 0; r < T::kClusterCtas; ++r) square += shared.square_sums[r];
+  } else if constexpr (T::kActiveWarps > 1) {
+    if (threadIdx.x % 32 == 0) shared.warp_sums[threadIdx.x / 32] = square;
+    __syncthreads();
+    square = 0;
+#pragma unroll
+    for (int w = 0; w < T::kActiveWarps; ++w) square += shared.warp_sums[w];
+  }
+  return square;
+}
+
+// Norm, rotation and rounding of the pooled channels.
+template <class T>
+__device__ __forceinline__ void finish(const CompressCommon& args, uint2 weight, const Rotation& rotation, int first_channel, Float4& x, typename T::SharedStorage& shared) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(x.v[i]);
-  double square = 0;
-  if (active)
+  const float factor = ptx::rsqrt_approx(__fmaf_rn(row_squares<T>(x, shared), 1.0f / T::kShape.dim, args.rms_eps));
+  const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y), ptx::high_bf16(weight.y)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) square = __fma_rn(static_cast<double>(x.v[i]), static_cast<double>(x.v[i]), square);
+  for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(w[i] * (x.v[i] * factor));
+  if (first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes) < T::kShape.dim - kKvRopeDim) return;
+  const float cosines[2] = {rotation.cos.x, rotation.cos.y}, sines[2] = {rotation.sin.x, rotation.sin.y};
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(0xffffffffu, square, step);
-  if (threadIdx.x % 32 == 0) shared.warp_sums[threadIdx.x / 32] = square;
-  __syncthreads();
-  constexpr int kActiveWarps = (T::kLanes + 31) / 32;
-  double total = 0;
-  if constexpr (T::kClusterCtas > 1) {
-    ptx::cluster_wait();  // every CTA has started: its shared memory may be written
-    if (threadIdx.x < T::kClusterCtas) {
-      double own = 0;
-      for (int w = 0; w < kActiveWarps; ++w) own += shared.warp_sums[w];
-      const uint32_t at = ptx::map_to_cta(&shared.square_sums[rank], threadIdx.x);
-      ptx::store_cluster_f64(at, own);
-    }
-    ptx::cluster_sync();
-    for (int r = 0; r < T::kClusterCtas; ++r) total += shared.square_sums[r];
-  } else {
-    for (int w = 0; w < kActiveWarps; ++w) total += shared.warp_sums[w];
+  for (int i = 0; i < 2; ++i) {
+    const float cos = cosines[i], sin = sines[i], even = x.v[2 * i], odd = x.v[2 * i + 1];
+    x.v[2 * i] = round_bf16(even * cos - odd * sin);
+    x.v[2 * i + 1] = round_bf16(even * sin + odd * cos);
   }
-  if (active) {
-    const float factor = __frcp_rn(__fsqrt_rn(static_cast<float>(total) / static_cast<float>(T::kShape.dim) + args.rms_eps));
-    const int channel = first_channel + 4 * static_cast<int>(threadIdx.x);
-    const uint2 weight = operands.weight;
-    const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y), ptx::high_bf16(weight.y)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(w[i] * (x.v[i] * factor));
-    const int rope_channel = channel - (T::kShape.dim - kKvRopeDim);
-    if (rope_channel >= 0) {
-      const float cosines[2] = {operands.cos.x, operands.cos.y}, sines[2] = {operands.sin.x, operands.sin.y};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float cos = cosines[i], sin = sines[i], even = x.v[2 * i], odd = x.v[2 * i + 1];
-        x.v[2 * i] = round_bf16(even * cos - odd * sin);
-        x.v[2 * i + 1] = round_bf16(even * sin + odd * cos);
-      }
-    }
-    if constexpr (T::kClusterCtas > 1) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ptx::store_cluster_f32(ptx::map_to_cta(&shared.row[channel + i], 0), x.v[i]);
-    } else {
-      store4(&shared.row[channel], x);
-    }
-  }
-  if constexpr (T::kClusterCtas > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
 }
 
 // Hadamard rotation of 128 channels, four a lane, in the order of indexer_cpu.cpp: the same bits.
@@ -248,41 +277,42 @@ __device__ __forceinline__ void hadamard128(float (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i] *= factor;
 }
 
-template <class T>
-__device__ __forceinline__ void write_row(const CompressCommon& args, const RowAddress& address, int32_t slot, typename T::SharedStorage& shared) {
-  if (threadIdx.x >= 32 || (T::kClusterCtas > 1 && ptx::cluster_cta_rank() != 0)) return;
-  if (slot < 0 || slot >= args.pages.num_rows) return;
-  const uint32_t lane = threadIdx.x;
-  if constexpr (T::kKind == CompressorKind::kIndexer) {
-    float x[4] = {shared.row[4 * lane], shared.row[4 * lane + 1], shared.row[4 * lane + 2], shared.row[4 * lane + 3]};
-    if (args.index_format != IndexFormat::kBf16) hadamard128(x);
-    write_index_key(address, args.index_format, x);
-  } else {
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = shared.row[16 * lane + i];
-    write_kv_row(address, args.kv_format, x);
+template <class T, class Loaded>
+__device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel, uint2 norm_weight, typename T::SharedStorage& shared,
+                                     const Loaded& loaded) {
+  if constexpr (T::kClusterCtas > 1) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(&shared.squares_barrier, 1);
+      ptx::fence_mbarrier_init();
+      ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, sizeof(shared.square_sums));
+    }
+    __syncwarp();
+    ptx::cluster_arrive();
   }
-}
-
-template <class T>
-__device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared) {
-  if constexpr (T::kClusterCtas > 1) ptx::cluster_arrive();
-  const FinishOperands operands = fetch_finish_operands<T>(args, window, first_channel);
+  const Rotation rotation = fetch_rotation<T>(args, window, first_channel);
   const RowAddress address =
       row_address(args.pages, T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format), window.slot);
-  const Float4 pooled = pool<T>(args, window, first_channel, shared);
-  finish<T>(args, operands, first_channel, pooled, shared);
-  write_row<T>(args, address, window.slot, shared);
+  Float4 x = pool<T>(args, window, first_channel, shared, loaded);
+  if constexpr (T::kClusterCtas > 1) ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
+  if (threadIdx.x >= 32 * T::kActiveWarps) return;
+  finish<T>(args, norm_weight, rotation, first_channel, x, shared);
+  if (window.slot < 0 || window.slot >= args.pages.num_rows) return;
+  if constexpr (T::kKind == CompressorKind::kIndexer) {
+    if (args.index_format != IndexFormat::kBf16) hadamard128(x.v);
+    write_index_key(address, args.index_format, x.v);
+  } else {
+    write_kv_quad(address, args.kv_format, first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes), threadIdx.x < T::kLanes, x.v);
+  }
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecodeArgs args) {
   __shared__ typename T::SharedStorage shared;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   const int token = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
   const CompressCommon& common = args.common;
+  const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);  // does not depend on the predecessor
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   const int64_t state = int64_t{args.states[token]} * T::kShape.state_rows * T::kShape.width;
   Window window{};
   window.position = args.positions[token];
@@ -293,18 +323,22 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
   window.gate = common.gate + int64_t{token} * T::kShape.width;
   window.state_value = common.state_value + state;
   window.state_gate = common.state_gate + state;
-  if ((window.position + 1) % T::kShape.ratio == 0) emit<T>(common, window, first_channel, shared);  // the whole cluster
-  // Last, because barriers would wait for these stores; the pooling takes this token from the projections.
-  store_token<T>(common, window, window.position, first_channel, static_cast<int>(threadIdx.x), T::kThreads);
+  const TokenPieces<T> pieces = load_token<T>(common, window, window.position, first_channel);
+  const auto store = [&] { store_token<T>(window, window.position, first_channel, pieces); };
+  if ((window.position + 1) % T::kShape.ratio == 0)
+    emit<T>(common, window, first_channel, norm_weight, shared, store);  // the whole cluster
+  else
+    store();
 }
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPrefillArgs args) {
   __shared__ typename T::SharedStorage shared;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
   const int index = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
   const CompressCommon& common = args.common;
+  const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
   Window window{};
   window.position = (args.first_position / T::kShape.ratio + index + 1) * T::kShape.ratio - 1;
   window.first_fresh = args.first_position;
@@ -314,7 +348,7 @@ __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPref
   window.state_gate = common.state_gate;
   window.rope_row = args.rope_rows[index];
   window.slot = args.slots[index];
-  emit<T>(common, window, first_channel, shared);
+  emit<T>(common, window, first_channel, norm_weight, shared, [] {});
 }
 
 // After the windows: the last tokens of the chunk go into the ring. One CTA per token and part of the channels.
@@ -328,7 +362,9 @@ __global__ void __launch_bounds__(T::kThreads) state_kernel(const CompressPrefil
   window.gate = args.common.gate;
   window.state_value = args.common.state_value;
   window.state_gate = args.common.state_gate;
-  store_token<T>(args.common, window, first + blockIdx.x / T::kClusterCtas, blockIdx.x % T::kClusterCtas * T::kChannels, static_cast<int>(threadIdx.x), T::kThreads);
+  const int64_t position = first + blockIdx.x / T::kClusterCtas;
+  const int first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
+  store_token<T>(window, position, first_channel, load_token<T>(args.common, window, position, first_channel));
 }
 
 __global__ void fill_kernel(float* values, float* gates, int64_t count) {

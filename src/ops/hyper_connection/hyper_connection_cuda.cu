@@ -1,429 +1,649 @@
-// hyper_connection_boundary: a cluster holds the mix matrix in its shared memories, 256 (or 512) channels of all four streams a CTA,
-// and takes one tile of tokens after the other. Three all-to-all exchanges per tile: mix sums, squares of the collapsed row, and (for a
-// computed row global) its amax; asynchronous stores into the other CTAs that count on an mbarrier there (a cluster barrier would also
-// wait for the streams written to memory). A ninth warp runs Sinkhorn beside the eight that finish the row.
+// hyper_connection_boundary: a cluster holds the mix matrix, 256 (or 512) channels of all four streams a CTA, and takes one tile of eight
+// tokens after the other. The mix is a matrix product on the tensor cores (rows: mix, columns: tokens); streams are bf16, so that only the
+// weights need splitting: each enters as the sum of two bf16, which keeps 2^-18 of it.
 //
-// Why the exchange buffers may be reused by the next tile: a CTA sends squares only after it has read the mix sums, and sends the next
-// tile's mix sums only after it has read squares and amax; and to send either it must have received the other from every CTA.
+// Lane 4 n + q of a compute warp owns token n of the tile and eight channels, in every step: the bf16 pairs of the new streams are the
+// product's B fragments as they are, and stay in registers until the row is collapsed. Two all-to-all exchanges a tile (three with a computed
+// row global) go through distributed shared memory: asynchronous stores into the other CTAs that count on an mbarrier there (a cluster barrier
+// would also wait for the streams written to memory). A team is eight (or sixteen) compute warps and one more, which writes post and
+// comb of the tiles this CTA owns, beside the warps that finish the rows. Few tokens: one team with its weights in registers. Many: two teams
+// with tiles of their own and the weights in shared memory, because a team alone waits most of the time.
+//
+// Why the exchange buffers may be reused: a CTA's steps are spread and mix (i), finish (i - 1), collapse (i), and there are two of each buffer.
+// Another CTA sends mix sums (i + 2) after it has squares (i) of this one, sent after mix sums (i) were read; and squares (i + 2) after it has
+// mix sums (i + 2), sent after squares (i) were read. Sums for the last warp: it has read them before this CTA's squares of that tile go out.
+// No CTA sends what a phase of an mbarrier here counts before that phase is the current one, by the same order.
+//
+// Waits on these mbarriers have CTA scope. The memory model asks for cluster scope, which on the hardware adds an invalidation of L1 (seen in
+// the machine code, and in time: spilled registers live there) and nothing for shared memory.
 #include <cmath>
 
 #include "gpu/launch.h"
 #include "gpu/ptx/copy.cuh"
+#include "gpu/ptx/mma.cuh"
 #include "gpu/ptx/sync.cuh"
 #include "ops/hyper_connection/hyper_connection_gpu.h"
-#include "ops/quantize/quantize_kernels.cuh"
+#include "ops/hyper_connection/sinkhorn_device.cuh"
+#include "ops/quantize/quantize_launch.cuh"
 
 namespace dsv4 {
 namespace {
 
-constexpr int kComputeThreads = 256, kComputeWarps = kComputeThreads / 32;
-constexpr int kThreads = kComputeThreads + 32;
 constexpr int kMaxCluster = 16;
 constexpr int kStreams = 4;
-constexpr int kSquareLane = 24;  // of the 32 sums: 0..23 mix, 24 squares
-constexpr uint32_t kComputeBarrier = 1, kAllBarrier = 2;
+constexpr int kTileTokens = 8;
+constexpr int kFewTokens = 56;  // one team of warps a CTA up to here: weights in registers; two above: they hide each other's waits
+constexpr int kPreSums = kStreams * kTileTokens;        // of a tile, the squares behind them
+constexpr int kRestSums = (kStreams + kStreams * kStreams) * kTileTokens;  // post, then comb column by column
+constexpr uint32_t kTeamBarrier = 1, kAllBarrier = 2, kCtaBarrier = 5;  // the first two of each team: + 2 * team
 
-template <int kMix_, int kTokens_, int kChannelsPerThread_>
+template <int kMix_, int kWarps_, int kTeams_>
 struct Traits {
-  static constexpr int kMix = kMix_, kTokens = kTokens_, kPer = kChannelsPerThread_;
-  static constexpr int kChannels = kComputeThreads * kPer;
+  static constexpr int kMix = kMix_, kWarps = kWarps_, kTeams = kTeams_;
   static constexpr bool kHead = kMix == kStreams;
+  static constexpr int kTeamThreads = 32 * kWarps, kComputeThreads = kTeams * kTeamThreads, kThreads = kComputeThreads + 32 * kTeams;
+  static constexpr int kChannels = 32 * kWarps;               // of a CTA
+  static constexpr int kGroups = (kMix + 7) / 8;              // eight mix rows each
+  static constexpr int kMmaTiles = (2 * kGroups + 1) / 2;     // sixteen rows each: high parts, then low parts
+  static constexpr bool kHighInSmem = kTeams > 1;             // of the weights: where they do not fit the registers
+  static constexpr bool kLowInSmem = kHighInSmem || (!kHead && kWarps > 8);
+  static constexpr int kPartsInSmem = kHighInSmem ? 2 : kLowInSmem ? 1 : 0;
+  struct Coefficients {  // of a tile; pitches keep the eight tokens' pieces in different banks
+    alignas(16) float post[kTileTokens][4];
+    alignas(16) float comb[kTileTokens][20];
+  };
+  struct Team {
+    alignas(8) uint64_t mix_barrier[2], squares_barrier[2], amax_barrier, rest_barrier;  // [2]: of even and of odd tiles
+    uint4 collapsed[kTeamThreads];            // each thread's own: registers are short
+    uint4 input[kStreams + 1][kTeamThreads];  // of the next tile: each thread's own channels of the streams, and of the sub-layer output
+    Coefficients coefficients[2];
+    float warp_sums[kWarps][kMix + 1][kTileTokens];
+    // From every CTA; rows of absent CTAs are zero.
+    float cluster_sums[2][kMaxCluster][kPreSums + kTileTokens];
+    float cluster_rest[kHead ? 1 : kMaxCluster][kRestSums];
+    double cluster_squares[2][kMaxCluster][kTileTokens];
+    double warp_squares[kWarps][kTileTokens];
+    float warp_amax[kWarps][kTileTokens];
+    float cluster_amax[kMaxCluster][kTileTokens];
+    alignas(16) bf16 rows[kTileTokens][kChannels];
+  };
   struct SharedStorage {
-    alignas(8) uint64_t weights_barrier, mix_barrier, squares_barrier, amax_barrier;
-    alignas(16) float fn[kMix][kStreams][kChannels];
-    alignas(16) float rows[kTokens][kChannels];
-    float warp_sums[kComputeWarps][kTokens][32];
-    float cluster_sums[kMaxCluster][kTokens][32];
-    double warp_squares[kComputeWarps][kTokens];
-    double cluster_squares[kMaxCluster][kTokens];
-    float warp_amax[kComputeWarps][kTokens];
-    float cluster_amax[kMaxCluster][kTokens];
-    float coefficients[kTokens][kStreams + kStreams * kStreams];
-    float pre[kTokens][kStreams];
-    float logits[kTokens][kStreams * kStreams];
+    Team teams[kTeams];
+    uint4 norm_weight[kTeamThreads];
+    uint4 weights[kStreams * kGroups][kPartsInSmem ? kPartsInSmem : 1][kPartsInSmem ? kTeamThreads : 1];  // as Weights, a lane's eight channels each
   };
 };
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// This thread's part in a tile, fixed for the kernel.
+struct Place {
+  uint32_t rank, cluster;
+  uint32_t team, thread, warp, lane;  // thread and warp: in the team
+  int token, quarter;   // of the tile; of the warp's 32 channels
+  int channel;          // the first, in the CTA
+};
 
-// v[i] of all lanes summed; lane l returns the sum of v[l]. 31 exchanges instead of 160. Recursive, so that every index is a constant.
-template <int kStep>
-__device__ __forceinline__ float transpose_sum(float* v) {
-  const bool upper = threadIdx.x & kStep;
-#pragma unroll
-  for (int i = 0; i < kStep; ++i) {
-    const float sent = upper ? v[i] : v[i + kStep], kept = upper ? v[i + kStep] : v[i];
-    v[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kStep);
-  }
-  if constexpr (kStep > 1)
-    return transpose_sum<kStep / 2>(v);
-  else
-    return v[0];
+template <class T>
+__device__ __forceinline__ void team_sync(const Place& place) {
+  ptx::named_barrier_sync(kTeamBarrier + 2 * place.team, T::kTeamThreads);
 }
 
-// One warp: the CTA's columns of every row of fn, a bulk copy per (mix, stream).
-template <class T>
-__device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, uint32_t rank, typename T::SharedStorage& shared) {
-  const uint32_t lane = threadIdx.x % 32;
-  if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.weights_barrier, sizeof(shared.fn));
-  __syncwarp();
-#pragma unroll 1
-  for (uint32_t row = lane; row < T::kMix * kStreams; row += 32)  // row = mix * 4 + stream
-    ptx::bulk_load(&shared.fn[0][0][0] + row * T::kChannels, args.fn + int64_t{row} * args.hidden + rank * T::kChannels, T::kChannels * sizeof(float),
-                   &shared.weights_barrier, ptx::L2Hint::kEvictLast);
-}
+// The product's row order: post and pre as they come, comb column by column, so that lanes (row of comb, token) read it without bank conflicts.
+__device__ __forceinline__ int mix_row(int slot) { return slot < 8 ? slot : 8 + (slot - 8) % 4 * 4 + (slot - 8) / 4; }
 
-// New streams of the tile's tokens, in registers and (with a sub-layer output) in memory. Absent tokens give zeros. Everything is
-// loaded before the first store: stores may alias the loads, so that the compiler would not hoist one above the other.
+// Within 1e-6: the exact operations cost 200 clocks on the way from one exchange to the next.
+__device__ __forceinline__ float sigmoid(float x) { return ptx::rcp_approx(1.0f + ptx::exp2_approx(-1.44269504f * x)); }
+
+// fn as A fragments: [stream][half of the lane's channels][group of eight rows][pair].
 template <class T>
-__device__ __forceinline__ void spread(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, float (&x)[T::kTokens][kStreams][T::kPer],
-                                       typename T::SharedStorage& shared) {
-  const int64_t channel = rank * T::kChannels + threadIdx.x;
-  constexpr int kCoefficients = kStreams + kStreams * kStreams;
-  float out[T::kTokens][T::kPer];
+struct Weights {
+  uint32_t high[T::kHighInSmem ? 1 : kStreams][2][T::kGroups][2];
+  uint32_t low[T::kLowInSmem ? 1 : kStreams][2][T::kGroups][2];
+};
+template <class T>
+using StreamWeights = uint32_t[2][T::kGroups][2];
+
+// Returns a value that depends on all of them.
+template <class T>
+__device__ __forceinline__ uint32_t load_stream_weights(const HcBoundaryArgs& args, const Place& place, int j, StreamWeights<T>& high, StreamWeights<T>& low) {
+  float4 raw[T::kGroups][2];  // the halves next to each other: they share their sectors
 #pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-    const int64_t token = first_token + t;
-    const bool valid = token < args.num_tokens;
+  for (int group = 0; group < T::kGroups; ++group) {
+    const int slot = 8 * group + place.token;
+    const float* from = args.fn + (int64_t{mix_row(slot)} * kStreams + j) * args.hidden + place.rank * T::kChannels + place.channel;
 #pragma unroll
-    for (int c = 0; c < T::kPer; ++c) {
-#pragma unroll
-      for (int j = 0; j < kStreams; ++j)
-        x[t][j][c] = valid ? decode_bf16(args.streams[(token * kStreams + j) * args.hidden + channel + c * kComputeThreads]) : 0.0f;
-      out[t][c] = valid && args.sublayer_out ? decode_bf16(args.sublayer_out[token * args.hidden + channel + c * kComputeThreads]) : 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      raw[group][half] = {};
+      if (slot < T::kMix) raw[group][half] = reinterpret_cast<const float4*>(from)[half];
     }
   }
-  if (!args.sublayer_out) return;
-  for (int i = static_cast<int>(threadIdx.x); i < T::kTokens * kCoefficients; i += kComputeThreads) {
-    const int64_t token = first_token + i / kCoefficients;
-    const int which = i % kCoefficients;
-    if (token < args.num_tokens)
-      shared.coefficients[i / kCoefficients][which] = which < kStreams ? args.post[token * kStreams + which] : args.comb[token * kStreams * kStreams + which - kStreams];
-  }
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
+  uint32_t all = 0;
 #pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-    if (first_token + t >= args.num_tokens) continue;
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int c = 0; c < T::kPer; ++c) {
-      float fresh[kStreams];
+    for (int group = 0; group < T::kGroups; ++group) {
+      const float4 w = raw[group][half];
+      const float w4[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-      for (int k = 0; k < kStreams; ++k) {
-        float sum = shared.coefficients[t][k] * out[t][c];
-#pragma unroll
-        for (int j = 0; j < kStreams; ++j) sum = __fmaf_rn(shared.coefficients[t][kStreams + kStreams * j + k], x[t][j][c], sum);
-        const bf16 rounded = encode_bf16(sum);
-        args.streams_out[((first_token + t) * kStreams + k) * args.hidden + channel + c * kComputeThreads] = rounded;
-        fresh[k] = decode_bf16(rounded);
+      for (int pair = 0; pair < 2; ++pair) {
+        const uint32_t bits = ptx::cvt_bf16x2(w4[2 * pair], w4[2 * pair + 1]);
+        high[half][group][pair] = bits;
+        low[half][group][pair] = ptx::cvt_bf16x2(w4[2 * pair] - ptx::low_bf16(bits), w4[2 * pair + 1] - ptx::high_bf16(bits));
+        all ^= bits ^ low[half][group][pair];
       }
-#pragma unroll
-      for (int k = 0; k < kStreams; ++k) x[t][k][c] = fresh[k];
     }
-  }
+  return all;
 }
 
-// Sum over the cluster of what cluster_sums holds for this lane.
 template <class T>
-__device__ __forceinline__ float mix_value(const HcBoundaryArgs& args, int t, uint32_t cluster, const typename T::SharedStorage& shared) {
-  const uint32_t lane = threadIdx.x % 32;
-  float sum = 0;
-  for (uint32_t r = 0; r < cluster; ++r) sum += shared.cluster_sums[r][t][lane];
-  const float squares = __shfl_sync(0xffffffffu, sum, kSquareLane);
-  return sum * __frcp_rn(__fsqrt_rn(squares / static_cast<float>(kStreams * args.hidden) + args.rms_eps));
-}
-
-// 1/d[i] for four numbers with one reciprocal: the special-function unit takes a warp's worth in eight clocks, and this chain is
-// the longest of the kernel.
-__device__ __forceinline__ void reciprocals(const float (&d)[4], float (&r)[4]) {
-  const float d01 = d[0] * d[1], d23 = d[2] * d[3], all = ptx::rcp_approx(d01 * d23), r01 = all * d23, r23 = all * d01;
-  r[0] = r01 * d[1], r[1] = r01 * d[0], r[2] = r23 * d[3], r[3] = r23 * d[2];
-}
-
-// Rows, then columns, each divided by its sum + eps; c is row-major.
-__device__ __forceinline__ void sinkhorn(float (&c)[16], int iters, float eps) {
+__device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, const Place& place, Weights<T>& weights, typename T::SharedStorage& shared) {
+  const auto to_smem = [&](const StreamWeights<T>& part, int j, int where) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float max = fmaxf(fmaxf(c[4 * j], c[4 * j + 1]), fmaxf(c[4 * j + 2], c[4 * j + 3]));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) c[4 * j + k] = expf(c[4 * j + k] - max);
-    const float factor = __frcp_rn((c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + c[4 * j + 3]));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) c[4 * j + k] = c[4 * j + k] * factor + eps;
-  }
-  float d[4], r[4];
-  const auto columns = [&] {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) d[k] = (c[k] + c[4 + k]) + (c[8 + k] + (c[12 + k] + eps));
-    reciprocals(d, r);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) c[i] *= r[i % 4];
+    for (int group = 0; group < T::kGroups; ++group)
+      shared.weights[j * T::kGroups + group][where][place.thread] = {part[0][group][0], part[0][group][1], part[1][group][0], part[1][group][1]};
   };
-  columns();
-#pragma unroll 1
-  for (int iter = 1; iter < iters; ++iter) {
+  if constexpr (T::kHighInSmem) {  // the teams share the work
 #pragma unroll
-    for (int j = 0; j < 4; ++j) d[j] = (c[4 * j] + c[4 * j + 1]) + (c[4 * j + 2] + (c[4 * j + 3] + eps));
-    reciprocals(d, r);
+    for (int i = 0; i < kStreams / T::kTeams; ++i) {
+      const int j = i * T::kTeams + static_cast<int>(place.team);
+      StreamWeights<T> high, low;
+      load_stream_weights<T>(args, place, j, high, low);
+      to_smem(high, j, 0);
+      to_smem(low, j, 1);
+    }
+  } else {
+    uint32_t all = 0;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) c[i] *= r[i / 4];
-    columns();
-  }
-}
-
-// The ninth warp of the cluster's first CTA: post of the tile's tokens, and the logits of comb.
-template <class T>
-__device__ __forceinline__ void write_post(const HcBoundaryArgs& args, int64_t first_token, uint32_t cluster, typename T::SharedStorage& shared) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-    const float m = mix_value<T>(args, t, cluster, shared);
-    const bool valid = first_token + t < args.num_tokens;
-    if (valid && lane >= 4 && lane < 8) args.post_out[(first_token + t) * kStreams + lane - 4] = 2.0f * sigmoid(m * args.scale[1] + args.base[lane]);
-    if (lane >= 8 && lane < 24) shared.logits[t][lane - 8] = m * args.scale[2] + args.base[lane];
-  }
-  __syncwarp();
-}
-
-// The same warp: Sinkhorn, a token a lane.
-template <class T>
-__device__ __forceinline__ void write_comb(const HcBoundaryArgs& args, int64_t first_token, typename T::SharedStorage& shared) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  if (lane < T::kTokens && first_token + lane < args.num_tokens) {
-    float c[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) c[i] = shared.logits[lane][i];
-    sinkhorn(c, args.sinkhorn_iters, args.hc_eps);
-    auto* to = reinterpret_cast<float4*>(args.comb_out + (first_token + lane) * 16);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) to[j] = {c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]};
-  }
-  __syncwarp();
-}
-
-// Mix sums of the tile: over the thread's channels, the warp, the CTA; sent to every CTA of the cluster.
-template <class T>
-__device__ __forceinline__ void mix(const float (&x)[T::kTokens][kStreams][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float sums[T::kTokens][32] = {};
-#pragma unroll
-  for (int k = 0; k < T::kMix; ++k)
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-      for (int c = 0; c < T::kPer; ++c) {
-        const float w = shared.fn[k][j][threadIdx.x + c * kComputeThreads];
-#pragma unroll
-        for (int t = 0; t < T::kTokens; ++t) sums[t][k] = __fmaf_rn(w, x[t][j][c], sums[t][k]);
+    for (int j = 0; j < kStreams; ++j) {
+      if constexpr (T::kLowInSmem) {
+        StreamWeights<T> low;
+        all ^= load_stream_weights<T>(args, place, j, weights.high[j], low);
+        to_smem(low, j, 0);
+      } else {
+        all ^= load_stream_weights<T>(args, place, j, weights.high[j], weights.low[j]);
       }
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-      for (int c = 0; c < T::kPer; ++c) sums[t][kSquareLane] = __fmaf_rn(x[t][j][c], x[t][j][c], sums[t][kSquareLane]);
-    shared.warp_sums[warp][t][lane] = transpose_sum<16>(sums[t]);
-  }
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_sums[w][t][lane];
-    for (uint32_t r = warp; r < cluster; r += kComputeWarps)
-      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.cluster_sums[rank][t][lane], r), sum, ptx::map_to_cta(&shared.mix_barrier, r));
+    }
+    ptx::need_here(all);  // before the dependency wait
   }
 }
 
-// Sum of squares (binary64) and amax of every token's row slice, to every CTA. Returns after the CTA's own part is sent.
+// Copies of what the tile reads: every compute thread its own channels, the first forty the coefficients.
 template <class T>
-__device__ __forceinline__ void send_squares(const float (&y)[T::kTokens][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void issue_loads(const HcBoundaryArgs& args, const Place& place, int first_token, typename T::Coefficients& coefficients,
+                                            typename T::Team& team) {
+  if (const int64_t token = first_token + place.token; token < args.num_tokens) {
+    const int64_t channel = place.rank * T::kChannels + place.channel;
+    const bf16* streams = args.streams + token * kStreams * args.hidden + channel;
 #pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
-    double sum = 0;
-#pragma unroll
-    for (int c = 0; c < T::kPer; ++c) sum = __fma_rn(static_cast<double>(y[t][c]), static_cast<double>(y[t][c]), sum);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (lane == 0) shared.warp_squares[warp][t] = sum;
+    for (int j = 0; j < kStreams; ++j) ptx::async_copy_16(&team.input[j][place.thread], streams + j * args.hidden);
+    if (args.sublayer_out) ptx::async_copy_16(&team.input[kStreams][place.thread], args.sublayer_out + token * args.hidden + channel);
   }
-  ptx::named_barrier_sync(kAllBarrier, kThreads);  // the ninth warp arrives once it has read the mix sums
-  if (threadIdx.x < cluster * T::kTokens) {
-    const uint32_t to = threadIdx.x / T::kTokens, t = threadIdx.x % T::kTokens;
-    double sum = 0;
+  if (args.sublayer_out && place.thread < 5 * kTileTokens) {
+    const int t = static_cast<int>(place.thread / 5), piece = static_cast<int>(place.thread % 5);
+    if (first_token + t < args.num_tokens) {
+      if (piece < kStreams)
+        ptx::async_copy_16(&coefficients.comb[t][4 * piece], args.comb + int64_t{first_token + t} * 16 + 4 * piece);
+      else
+        ptx::async_copy_16(coefficients.post[t], args.post + int64_t{first_token + t} * kStreams);
+    }
+  }
+  ptx::async_copy_commit();
+}
+
+__device__ __forceinline__ void load_pairs(const void* from, uint32_t (&pairs)[4]) {
+  const uint4 v = *static_cast<const uint4*>(from);
+  pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+}
+__device__ __forceinline__ void store_pairs(bf16* to, const uint32_t (&pairs)[4]) { *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]}; }
+__device__ __forceinline__ void load_floats(const float* from, float (&v)[4]) {
+  const float4 f = *reinterpret_cast<const float4*>(from);
+  v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+}
+
+// x: the tile's new streams, bf16 pairs.
+template <class T>
+__device__ __forceinline__ void spread(const HcBoundaryArgs& args, const Place& place, const typename T::Coefficients& coefficients,
+                                       const typename T::Team& team, uint32_t (&x)[kStreams][4]) {
 #pragma unroll
-    for (int w = 0; w < kComputeWarps; ++w) sum += shared.warp_squares[w][t];
-    ptx::store_async_cluster_f64(ptx::map_to_cta(&shared.cluster_squares[rank][t], to), sum, ptx::map_to_cta(&shared.squares_barrier, to));
+  for (int j = 0; j < kStreams; ++j) load_pairs(&team.input[j][place.thread], x[j]);
+  if (!args.sublayer_out) return;
+  uint32_t f[4];
+  load_pairs(&team.input[kStreams][place.thread], f);
+  float post[kStreams], comb[kStreams][kStreams];
+  load_floats(coefficients.post[place.token], post);
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) load_floats(&coefficients.comb[place.token][4 * j], comb[j]);
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    uint32_t fresh[kStreams];
+#pragma unroll
+    for (int k = 0; k < kStreams; ++k) {
+      float even = post[k] * ptx::low_bf16(f[pair]), odd = post[k] * ptx::high_bf16(f[pair]);
+#pragma unroll
+      for (int j = 0; j < kStreams; ++j) {
+        even = __fmaf_rn(comb[j][k], ptx::low_bf16(x[j][pair]), even);
+        odd = __fmaf_rn(comb[j][k], ptx::high_bf16(x[j][pair]), odd);
+      }
+      fresh[k] = ptx::cvt_bf16x2(even, odd);
+    }
+#pragma unroll
+    for (int k = 0; k < kStreams; ++k) x[k][pair] = fresh[k];
   }
 }
+
 template <class T>
-__device__ __forceinline__ void send_amax(const float (&y)[T::kTokens][T::kPer], uint32_t rank, uint32_t cluster, typename T::SharedStorage& shared) {
-  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_streams(const HcBoundaryArgs& args, const Place& place, int token, const uint32_t (&x)[kStreams][4]) {
+  if (!args.sublayer_out || token >= args.num_tokens) return;
+  bf16* to = args.streams_out + int64_t{token} * kStreams * args.hidden + place.rank * T::kChannels + place.channel;
 #pragma unroll
-  for (int t = 0; t < T::kTokens; ++t) {
+  for (int k = 0; k < kStreams; ++k) store_pairs(to + k * args.hidden, x[k]);
+}
+
+// The warp's share of the mix sums and squares, into warp_sums.
+template <class T>
+__device__ __forceinline__ void mix(const Place& place, const Weights<T>& weights, const uint32_t (&x)[kStreams][4], const typename T::SharedStorage& shared,
+                                    typename T::Team& team) {
+  constexpr int G = T::kGroups;
+  float sums[T::kMmaTiles][4] = {};
+  const auto from_smem = [&](int j, int where, StreamWeights<T>& part) {
+#pragma unroll
+    for (int group = 0; group < G; ++group) {
+      const uint4 v = shared.weights[j * G + group][where][place.thread];
+      part[0][group][0] = v.x, part[0][group][1] = v.y, part[1][group][0] = v.z, part[1][group][1] = v.w;
+    }
+  };
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) {
+    StreamWeights<T> high_copy, low_copy;
+    if constexpr (T::kHighInSmem) from_smem(j, 0, high_copy);
+    if constexpr (T::kLowInSmem) from_smem(j, T::kPartsInSmem - 1, low_copy);
+    const auto& high = T::kHighInSmem ? high_copy : weights.high[T::kHighInSmem ? 0 : j];
+    const auto& low = T::kLowInSmem ? low_copy : weights.low[T::kLowInSmem ? 0 : j];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Rows of the product: the high parts of all groups, then the low parts.
+      const auto part = [&](int group, int pair) { return group < G ? high[half][group][pair] : low[half][group - G][pair]; };
+#pragma unroll
+      for (int tile = 0; tile < T::kMmaTiles; ++tile)
+        ptx::mma_m16n8k16_bf16(sums[tile], {part(2 * tile, 0), part(2 * tile + 1, 0), part(2 * tile, 1), part(2 * tile + 1, 1)}, x[j][2 * half], x[j][2 * half + 1]);
+    }
+  }
+  float squares[2] = {};
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j)
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const float even = ptx::low_bf16(x[j][pair]), odd = ptx::high_bf16(x[j][pair]);
+      squares[0] = __fmaf_rn(even, even, squares[0]);
+      squares[1] = __fmaf_rn(odd, odd, squares[1]);
+    }
+  float square = squares[0] + squares[1];
+  square += __shfl_xor_sync(0xffffffffu, square, 1);
+  square += __shfl_xor_sync(0xffffffffu, square, 2);
+  if (place.quarter == 0) team.warp_sums[place.warp][T::kMix][place.token] = square;
+  // A lane's results: rows lane / 4 and lane / 4 + 8 of each tile, tokens 2 quarter and 2 quarter + 1.
+  const auto rows = [&](int group, int token) { return sums[group / 2][group % 2 * 2 + token]; };
+#pragma unroll
+  for (int group = 0; group < G; ++group) {
+    const int slot = 8 * group + place.token;
+    if (slot < T::kMix)
+      *reinterpret_cast<float2*>(&team.warp_sums[place.warp][slot][2 * place.quarter]) = {rows(group, 0) + rows(G + group, 0), rows(group, 1) + rows(G + group, 1)};
+  }
+}
+
+// Sums over the CTA's warps go out: pre and squares to every CTA, the rest to the tile's owner.
+template <class T>
+__device__ __forceinline__ void send_mix(const Place& place, uint32_t owner, uint32_t parity, typename T::Team& team) {
+  const auto total = [&](uint32_t i) {
+    float sum[4] = {};
+#pragma unroll
+    for (int w = 0; w < T::kWarps; ++w) sum[w % 4] += (&team.warp_sums[w][0][0])[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  };
+  const uint32_t lane = place.lane, warp = place.warp;
+  constexpr uint32_t kHalf = T::kWarps / 2;
+  if (warp < kHalf) {
+    const float pre = total(lane);
+#pragma unroll
+    for (uint32_t r = warp; r < kMaxCluster; r += kHalf)
+      if (r < place.cluster) ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_sums[parity][place.rank][lane], r), pre, ptx::map_to_cta(&team.mix_barrier[parity], r));
+  } else if (warp < kHalf + 4) {
+    const uint32_t r = (warp - kHalf) * 4 + lane / 8;
+    const float square = total(T::kMix * kTileTokens + lane % 8);
+    if (r < place.cluster)
+      ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_sums[parity][place.rank][kPreSums + lane % 8], r), square, ptx::map_to_cta(&team.mix_barrier[parity], r));
+  }
+  if (const uint32_t i = place.thread; !T::kHead && i < kRestSums)
+    ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_rest[place.rank][i], owner), total(kPreSums + i), ptx::map_to_cta(&team.rest_barrier, owner));
+}
+
+// x / hidden, correctly rounded: a quotient within one unit in the last place, corrected once (Markstein).
+struct DivisionByHidden {
+  float hidden, reciprocal;
+  __device__ __forceinline__ float operator()(float x) const {
+    const float quotient = x * reciprocal;
+    return __fmaf_rn(__fmaf_rn(-quotient, hidden, x), reciprocal, quotient);
+  }
+};
+
+// 1 / rms of a token's streams: lanes that differ in the bits of kBit, 2 kBit hold the same token and share the work.
+template <int kBit>
+__device__ __forceinline__ float rms_factor(const float (&sums)[kMaxCluster][kPreSums + kTileTokens], uint32_t part, int token, DivisionByHidden division, float eps) {
+  const float* of_token = &sums[part * 4][kPreSums + token];
+  constexpr int kPitch = kPreSums + kTileTokens;
+  float squares = (of_token[0] + of_token[kPitch]) + (of_token[2 * kPitch] + of_token[3 * kPitch]);
+  squares += __shfl_xor_sync(0xffffffffu, squares, kBit);
+  squares += __shfl_xor_sync(0xffffffffu, squares, 2 * kBit);
+  return ptx::rsqrt_approx(__fmaf_rn(squares, 0.25f * division.reciprocal, eps));
+}
+
+// pre of the lane's token, from all CTAs' sums.
+__device__ __forceinline__ void collapse_weights(const float (&sums)[kMaxCluster][kPreSums + kTileTokens], const Place& place, float rms, float scale, float base, float eps,
+                                                 float (&pre)[kStreams]) {
+  float sum[4] = {};
+#pragma unroll
+  for (int r = 0; r < kMaxCluster; ++r) sum[r % 4] += sums[r][place.quarter * kTileTokens + place.token];
+  const float own = sigmoid(((sum[0] + sum[1]) + (sum[2] + sum[3])) * rms * scale + base) + eps;
+#pragma unroll
+  for (int j = 0; j < kStreams; ++j) pre[j] = __shfl_sync(0xffffffffu, own, j, 4);
+}
+
+// Sum of squares (binary64) of the collapsed row's slice, to every CTA.
+template <class T>
+__device__ __forceinline__ void send_squares(const Place& place, const uint32_t (&y)[4], bool owner, uint32_t parity, typename T::Team& team) {
+  double evens = 0, odds = 0;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) {
+    const double even = ptx::low_bf16(y[pair]), odd = ptx::high_bf16(y[pair]);
+    evens = __fma_rn(even, even, evens);
+    odds = __fma_rn(odd, odd, odds);
+  }
+  double sum = evens + odds;
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+  if (place.quarter == 0) team.warp_squares[place.warp][place.token] = sum;
+  ptx::async_copy_wait<0>();  // the next tile's coefficients are for all threads
+  if (owner && !T::kHead)
+    ptx::named_barrier_sync(kAllBarrier + 2 * place.team, T::kTeamThreads + 32);  // the last warp has read the mix sums
+  else
+    team_sync<T>(place);
+  if (place.thread < place.cluster * kTileTokens) {
+    const uint32_t to = place.thread / kTileTokens, t = place.thread % kTileTokens;
+    double sums[4] = {};
+#pragma unroll
+    for (int w = 0; w < T::kWarps; ++w) sums[w % 4] += team.warp_squares[w][t];
+    ptx::store_async_cluster_f64(ptx::map_to_cta(&team.cluster_squares[parity][place.rank][t], to), (sums[0] + sums[1]) + (sums[2] + sums[3]),
+                                 ptx::map_to_cta(&team.squares_barrier[parity], to));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void send_amax(const Place& place, const uint32_t (&y)[4], typename T::Team& team) {
+  if (place.thread == 0) ptx::mbarrier_arrive_expect_tx(&team.amax_barrier, place.cluster * sizeof(team.cluster_amax[0]));
+  float amax = 0;
+#pragma unroll
+  for (int pair = 0; pair < 4; ++pair) amax = fmaxf(amax, fmaxf(fabsf(ptx::low_bf16(y[pair])), fabsf(ptx::high_bf16(y[pair]))));
+  amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 1));
+  amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, 2));
+  if (place.quarter == 0) team.warp_amax[place.warp][place.token] = amax;
+  team_sync<T>(place);
+  if (place.thread < place.cluster * kTileTokens) {
+    const uint32_t to = place.thread / kTileTokens, t = place.thread % kTileTokens;
+    float largest = 0;
+#pragma unroll
+    for (int w = 0; w < T::kWarps; ++w) largest = fmaxf(largest, team.warp_amax[w][t]);
+    ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_amax[place.rank][t], to), largest, ptx::map_to_cta(&team.amax_barrier, to));
+  }
+}
+
+// NVFP4 and FP8 rows: through shared memory, because a scale's group spans lanes and (FP8) warps.
+template <class T>
+__device__ __forceinline__ void write_quantized(const HcBoundaryArgs& args, const QuantizeShape& shape, const Place& place, int first_token, const uint32_t (&y)[4],
+                                            typename T::Team& team) {
+  constexpr uint32_t kVecs = T::kChannels / 16;  // of a token's slice
+  store_pairs(&team.rows[place.token][place.channel], y);
+  team_sync<T>(place);
+  if (place.thread >= kTileTokens * kVecs) return;  // whole warps
+  const uint32_t t = place.thread / kVecs, vec = place.thread % kVecs;
+  const bool valid = first_token + t < args.num_tokens;
+  const auto row = static_cast<uint32_t>(valid ? first_token + t : 0);
+  const auto* from = reinterpret_cast<const uint4*>(&team.rows[t][16 * vec]);
+  const Vector16 vector = vector_of_pairs(from[0], from[1]);
+  float global = 1.0f;
+  if (args.out.global_mode == GlobalMode::kGiven) global = args.out.global[0];
+  if (args.out.global_mode == GlobalMode::kPerRow) global = args.out.global[row];
+  if (args.out.global_mode == GlobalMode::kComputeRow) {
     float amax = 0;
 #pragma unroll
-    for (int c = 0; c < T::kPer; ++c) amax = fmaxf(amax, fabsf(y[t][c]));
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
-    if (lane == 0) shared.warp_amax[warp][t] = amax;
+    for (int r = 0; r < kMaxCluster; ++r) amax = fmaxf(amax, team.cluster_amax[r][t]);
+    global = nvfp4_global_scale(amax).value;
+    if (valid && vec == 0 && place.rank == 0) args.out.row_global[row] = global;
   }
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
-  if (threadIdx.x < cluster * T::kTokens) {
-    const uint32_t to = threadIdx.x / T::kTokens, t = threadIdx.x % T::kTokens;
-    float amax = 0;
-#pragma unroll
-    for (int w = 0; w < kComputeWarps; ++w) amax = fmaxf(amax, shared.warp_amax[w][t]);
-    ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.cluster_amax[rank][t], to), amax, ptx::map_to_cta(&shared.amax_barrier, to));
-  }
+  const uint32_t at = place.rank * kVecs + vec;
+  const int64_t v = int64_t{row} * shape.vecs_per_row + at;
+  if (args.out.format == RowFormat::kNvfp4)
+    write_vector<RowFormat::kNvfp4>(args.out, shape, v, row, at, valid, vector, global, nvfp4_rcp6({global}), nvfp4_global_is_plain(global));
+  else
+    write_vector<RowFormat::kFp8>(args.out, shape, v, row, at, valid, vector, global, 1.0f, true);
 }
 
-template <class T>
-__device__ __forceinline__ void write_rows(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster,
-                                           const float (&y)[T::kTokens][T::kPer], typename T::SharedStorage& shared) {
-  constexpr int kVecs = T::kChannels / 16;  // of a token's slice
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t)
-#pragma unroll
-    for (int c = 0; c < T::kPer; ++c) shared.rows[t][threadIdx.x + c * kComputeThreads] = y[t][c];
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
-  // A warp stays within one token: kVecs is 16 or 32, so for 16 only the lower half of its lanes have a vector.
-  constexpr int kWarpsPerToken = (kVecs + 31) / 32;
-  for (int job = static_cast<int>(threadIdx.x / 32); job < T::kTokens * kWarpsPerToken; job += kComputeWarps) {
-    const int t = job / kWarpsPerToken, vec = static_cast<int>(threadIdx.x % 32);
-    const int64_t token = first_token + t;
-    const bool valid = vec < kVecs && token < args.num_tokens;
-    const auto row = static_cast<uint32_t>(token < args.num_tokens ? token : 0);
-    float x[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) x[i] = valid ? shared.rows[t][16 * vec + i] : 0.0f;
-    float global = 1.0f;
-    if (args.out.global_mode == GlobalMode::kGiven) global = args.out.global[0];
-    if (args.out.global_mode == GlobalMode::kPerRow) global = args.out.global[row];
-    if (args.out.global_mode == GlobalMode::kComputeRow) {
-      float amax = 0;
-      for (uint32_t r = 0; r < cluster; ++r) amax = fmaxf(amax, shared.cluster_amax[r][t]);
-      global = nvfp4_global_scale(amax).value;
-      if (valid && vec == 0 && rank == 0) args.out.row_global[token] = global;
-    }
-    write_vector(args.out, shape, row, rank * kVecs + vec, valid, x, vector_amax(x), global, nvfp4_rcp6({global}));
-  }
-}
+// The tiles of this CTA's cluster: first, first + step, ...
+struct Tiles {
+  int first, step, count;
+  __device__ int token(int i) const { return (first + i * step) * kTileTokens; }
+};
 
-// The eight warps that own the channels. parity: of this tile's exchanges.
+// Norm and output of a tile whose squares are on their way.
 template <class T>
-__device__ __forceinline__ void run_tile(const HcBoundaryArgs& args, const QuantizeShape& shape, int64_t first_token, uint32_t rank, uint32_t cluster, uint32_t parity,
-                                         bool first, typename T::SharedStorage& shared) {
-  const bool computes_global = args.out.global_mode == GlobalMode::kComputeRow;
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_arrive_expect_tx(&shared.mix_barrier, cluster * sizeof(shared.cluster_sums[0]));
-    ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, cluster * sizeof(shared.cluster_squares[0]));
-    if (computes_global) ptx::mbarrier_arrive_expect_tx(&shared.amax_barrier, cluster * sizeof(shared.cluster_amax[0]));
-  }
-  float x[T::kTokens][kStreams][T::kPer], norm_weight[T::kPer];
-#pragma unroll
-  for (int c = 0; c < T::kPer; ++c)  // long before its use
-    norm_weight[c] = args.norm_weight ? decode_bf16(args.norm_weight[rank * T::kChannels + threadIdx.x + c * kComputeThreads]) : 0.0f;
-  spread<T>(args, first_token, rank, x, shared);
-  if (first) {
-    ptx::mbarrier_wait(&shared.weights_barrier, 0);
-    ptx::cluster_wait();  // every CTA runs and has its barriers
-  }
-  mix<T>(x, rank, cluster, shared);
-  if (threadIdx.x / 32 < T::kTokens) {
-    const int t = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    ptx::mbarrier_wait_cluster(&shared.mix_barrier, parity);
-    const float m = mix_value<T>(args, t, cluster, shared);
-    if (lane < kStreams) shared.pre[t][lane] = sigmoid(m * args.scale[0] + args.base[lane]) + args.hc_eps;
-  }
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);
-  float y[T::kTokens][T::kPer];
-#pragma unroll
-  for (int t = 0; t < T::kTokens; ++t)
-#pragma unroll
-    for (int c = 0; c < T::kPer; ++c) {
-      float sum = shared.pre[t][0] * x[t][0][c];
-#pragma unroll
-      for (int j = 1; j < kStreams; ++j) sum = __fmaf_rn(shared.pre[t][j], x[t][j][c], sum);
-      y[t][c] = round_bf16(sum);
-    }
-  send_squares<T>(y, rank, cluster, shared);
-  ptx::mbarrier_wait_cluster(&shared.squares_barrier, parity);
+__device__ __forceinline__ void finish_rows(const HcBoundaryArgs& args, const QuantizeShape& shape, const DivisionByHidden& division, const Place& place, int64_t first_token,
+                                            uint32_t phase, uint32_t parity, const typename T::SharedStorage& shared, typename T::Team& team) {
+  ptx::mbarrier_wait(&team.squares_barrier[parity], phase);
+  uint32_t y[4];
+  load_pairs(&team.collapsed[place.thread], y);
   if (args.norm_weight) {
+    uint32_t norm_weight[4];
+    load_pairs(&shared.norm_weight[place.thread], norm_weight);
+    const auto& squares = team.cluster_squares[parity];
+    const int r = place.quarter * 4, t = place.token;
+    double sum = (squares[r][t] + squares[r + 1][t]) + (squares[r + 2][t] + squares[r + 3][t]);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float factor = __frcp_rn(__fsqrt_rn(division(static_cast<float>(sum)) + args.rms_eps));
 #pragma unroll
-    for (int t = 0; t < T::kTokens; ++t) {
-      double sum = 0;
-      for (uint32_t r = 0; r < cluster; ++r) sum += shared.cluster_squares[r][t];
-      const float factor = __frcp_rn(__fsqrt_rn(static_cast<float>(sum) / static_cast<float>(args.hidden) + args.rms_eps));
+    for (int pair = 0; pair < 4; ++pair)
+      y[pair] = ptx::cvt_bf16x2(ptx::low_bf16(norm_weight[pair]) * (ptx::low_bf16(y[pair]) * factor), ptx::high_bf16(norm_weight[pair]) * (ptx::high_bf16(y[pair]) * factor));
+  }
+  if (args.out.global_mode == GlobalMode::kComputeRow) {
+    send_amax<T>(place, y, team);
+    ptx::mbarrier_wait(&team.amax_barrier, parity);
+  }
+  if (args.out.format == RowFormat::kBf16) {
+    const int64_t token = first_token + place.token;
+    if (token < args.num_tokens) store_pairs(args.out.y + token * args.hidden + place.rank * T::kChannels + place.channel, y);
+  } else {
+    write_quantized<T>(args, shape, place, first_token, y, team);
+  }
+}
+
+// Three steps a tile; the last one of a tile comes after the first of the next, so that neither exchange is waited for idly:
+// spread and mix (i); finish (i - 1); collapse (i).
+template <class T>
+__device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, const QuantizeShape& shape, const DivisionByHidden& division, const Place& place, const Tiles& tiles,
+                                                  bool dependent, typename T::SharedStorage& shared) {
+  auto& team = shared.teams[place.team];
+  // With a kernel before it still running, the weights come first; else the input does.
+  const auto load_first_tile = [&] {
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+    issue_loads<T>(args, place, tiles.token(0), team.coefficients[0], team);
+  };
+  if (!dependent) load_first_tile();
+  Weights<T> weights;
+  load_weights<T>(args, place, weights, shared);
+  if (args.norm_weight) shared.norm_weight[place.thread] = *reinterpret_cast<const uint4*>(args.norm_weight + place.rank * T::kChannels + place.channel);
+  const float scale = args.scale[0], base = args.base[place.quarter];
+  if (dependent) load_first_tile();
+  ptx::async_copy_wait<0>();
+  if constexpr (T::kTeams > 1)
+    ptx::named_barrier_sync(kCtaBarrier, T::kComputeThreads);  // the weights are from all teams
+  else
+    team_sync<T>(place);
+  ptx::cluster_wait();  // every CTA runs and has its barriers
+#pragma unroll 1
+  for (int i = 0; i <= tiles.count; ++i) {
+    const auto parity = static_cast<uint32_t>(i & 1), phase = static_cast<uint32_t>(i >> 1 & 1);
+    const uint32_t owner = static_cast<uint32_t>(i) % place.cluster;
+    uint32_t x[kStreams][4];
+    if (i < tiles.count) {
+      if (place.thread == 0) {
+        ptx::mbarrier_arrive_expect_tx(&team.mix_barrier[parity], place.cluster * sizeof(team.cluster_sums[0][0]));
+        ptx::mbarrier_arrive_expect_tx(&team.squares_barrier[parity], place.cluster * sizeof(team.cluster_squares[0][0]));
+        if (!T::kHead && owner == place.rank) ptx::mbarrier_arrive_expect_tx(&team.rest_barrier, place.cluster * sizeof(team.cluster_rest[0]));
+      }
+      spread<T>(args, place, team.coefficients[parity], team, x);
+      mix<T>(place, weights, x, shared, team);
+      team_sync<T>(place);
+      send_mix<T>(place, owner, parity, team);
+      // While the sums travel.
+      store_streams<T>(args, place, tiles.token(i) + place.token, x);
+      if (i + 1 < tiles.count) issue_loads<T>(args, place, tiles.token(i + 1), team.coefficients[parity ^ 1], team);
+    }
+    if (i > 0) finish_rows<T>(args, shape, division, place, tiles.token(i - 1), static_cast<uint32_t>((i - 1) >> 1 & 1), parity ^ 1, shared, team);
+    if (i < tiles.count) {
+      ptx::mbarrier_wait(&team.mix_barrier[parity], phase);
+      const auto& sums = team.cluster_sums[parity];
+      const float rms = rms_factor<1>(sums, static_cast<uint32_t>(place.quarter), place.token, division, args.rms_eps);
+      float pre[kStreams];
+      collapse_weights(sums, place, rms, scale, base, args.hc_eps, pre);
+      uint32_t y[4];
 #pragma unroll
-      for (int c = 0; c < T::kPer; ++c) y[t][c] = round_bf16(norm_weight[c] * (y[t][c] * factor));
+      for (int pair = 0; pair < 4; ++pair) {
+        float even = pre[0] * ptx::low_bf16(x[0][pair]), odd = pre[0] * ptx::high_bf16(x[0][pair]);
+#pragma unroll
+        for (int j = 1; j < kStreams; ++j) {
+          even = __fmaf_rn(pre[j], ptx::low_bf16(x[j][pair]), even);
+          odd = __fmaf_rn(pre[j], ptx::high_bf16(x[j][pair]), odd);
+        }
+        y[pair] = ptx::cvt_bf16x2(even, odd);
+      }
+      team.collapsed[place.thread] = {y[0], y[1], y[2], y[3]};
+      send_squares<T>(place, y, owner == place.rank, parity, team);
     }
   }
-  if (computes_global) {
-    send_amax<T>(y, rank, cluster, shared);
-    ptx::mbarrier_wait_cluster(&shared.amax_barrier, parity);
-  }
-  write_rows<T>(args, shape, first_token, rank, cluster, y, shared);
-  ptx::named_barrier_sync(kComputeBarrier, kComputeThreads);  // shared.rows and pre are free again
+  zero_sf_padding(args.out, shape, blockIdx.x * T::kComputeThreads + threadIdx.x, gridDim.x * T::kComputeThreads);
 }
 
-// The ninth warp: in the cluster's first CTA post and comb, in the others nothing but arriving.
+// The last warp: lane 8 j + t has row j of comb, and post j, of token t.
 template <class T>
-__device__ __forceinline__ void run_tile_ninth_warp(const HcBoundaryArgs& args, int64_t first_token, uint32_t rank, uint32_t cluster, uint32_t parity, bool first,
-                                                    typename T::SharedStorage& shared) {
-  const bool mixes = !T::kHead && rank == 0;
-  if (first) ptx::cluster_wait();
-  ptx::mbarrier_wait_cluster(&shared.mix_barrier, parity);  // in every CTA: keeps this warp in step with the others
-  if (mixes) write_post<T>(args, first_token, cluster, shared);
-  ptx::named_barrier_arrive(kAllBarrier, kThreads);  // mix sums have been read
-  if (mixes) write_comb<T>(args, first_token, shared);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads, T::kPer == 1 ? 2 : 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, uint32_t cluster) {
-  extern __shared__ __align__(16) uint8_t storage[];
-  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
-  const uint32_t rank = ptx::cluster_cta_rank();
-  const bool computes = threadIdx.x < kComputeThreads;
-  if (threadIdx.x == kComputeThreads) {
-    for (uint64_t* barrier : {&shared.weights_barrier, &shared.mix_barrier, &shared.squares_barrier, &shared.amax_barrier}) ptx::mbarrier_init(barrier, 1);
-    ptx::fence_mbarrier_init();
+__device__ __forceinline__ void run_last_warp(const HcBoundaryArgs& args, const DivisionByHidden& division, const Place& place, const Tiles& tiles, typename T::Team& team) {
+  const int t = static_cast<int>(place.lane % 8), j = static_cast<int>(place.lane / 8);
+  float4 base = {};
+  float post_base = 0, post_scale = 0, comb_scale = 0;
+  if constexpr (!T::kHead) {
+    base = *reinterpret_cast<const float4*>(args.base + 8 + 4 * j);
+    post_base = args.base[4 + j], post_scale = args.scale[1], comb_scale = args.scale[2];
   }
-  __syncthreads();
-  ptx::cluster_arrive();
-  if (!computes) load_weights<T>(args, rank, shared);  // weights do not depend on the predecessor
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int64_t num_tiles = (args.num_tokens + T::kTokens - 1) / T::kTokens, num_clusters = gridDim.x / cluster;
-  bool first = true;
-  uint32_t parity = 0;
-  for (int64_t tile = blockIdx.x / cluster; tile < num_tiles; tile += num_clusters) {
-    if (computes)
-      run_tile<T>(args, shape, tile * T::kTokens, rank, cluster, parity, first, shared);
-    else
-      run_tile_ninth_warp<T>(args, tile * T::kTokens, rank, cluster, parity, first, shared);
-    first = false;
-    parity ^= 1;
+  ptx::cluster_wait();
+  if constexpr (!T::kHead) {
+    uint32_t parity = 0;
+#pragma unroll 1
+    for (int i = static_cast<int>(place.rank); i < tiles.count; i += static_cast<int>(place.cluster), parity ^= 1) {
+      ptx::mbarrier_wait(&team.rest_barrier, parity);
+      // Its earlier phases are over, because this CTA has sent this tile's sums.
+      ptx::mbarrier_wait(&team.mix_barrier[i & 1], static_cast<uint32_t>(i >> 1 & 1));
+      const float rms = rms_factor<8>(team.cluster_sums[i & 1], static_cast<uint32_t>(j), t, division, args.rms_eps);
+      float sums[1 + kStreams] = {};
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r)
+#pragma unroll
+        for (int v = 0; v < 1 + kStreams; ++v) sums[v] += team.cluster_rest[r][32 * v + place.lane];
+      const float post = 2.0f * sigmoid(sums[0] * rms * post_scale + post_base);
+      const float logits[4] = {sums[1] * rms * comb_scale + base.x, sums[2] * rms * comb_scale + base.y, sums[3] * rms * comb_scale + base.z, sums[4] * rms * comb_scale + base.w};
+      ptx::named_barrier_arrive(kAllBarrier + 2 * place.team, T::kTeamThreads + 32);  // mix sums have been read
+      const float4 comb = sinkhorn(logits, args.sinkhorn_iters, args.hc_eps);
+      const int64_t token = tiles.token(i) + t;
+      if (token < args.num_tokens) {
+        args.post_out[token * kStreams + j] = post;
+        *reinterpret_cast<float4*>(args.comb_out + token * 16 + 4 * j) = comb;
+      }
+    }
   }
-  if (computes) zero_sf_padding(args.out, shape, blockIdx.x * kComputeThreads + threadIdx.x, gridDim.x * kComputeThreads);
 }
 
 template <class T>
-void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
-  constexpr int kSmem = sizeof(typename T::SharedStorage);
-  const auto cluster = static_cast<int>(args.hidden / T::kChannels);
+__device__ __forceinline__ void zero_absent_ranks(uint32_t cluster, typename T::Team& team) {
+#pragma unroll 1
+  for (uint32_t r = cluster; r < kMaxCluster; ++r)
+    if (const uint32_t i = threadIdx.x; i < kRestSums) {  // no more threads than that are needed
+      if (i < kPreSums + kTileTokens) team.cluster_sums[0][r][i] = team.cluster_sums[1][r][i] = 0;
+      if (!T::kHead) team.cluster_rest[r][i] = 0;
+      if (i < kTileTokens) team.cluster_squares[0][r][i] = team.cluster_squares[1][r][i] = 0, team.cluster_amax[r][i] = 0;
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division, uint32_t cluster, bool dependent) {
+  extern __shared__ __align__(128) uint8_t storage[];
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
+  Place place;
+  const uint32_t warp = threadIdx.x / 32;
+  const bool computes = warp < T::kTeams * T::kWarps;
+  place.rank = ptx::cluster_cta_rank(), place.cluster = cluster, place.lane = threadIdx.x % 32;
+  place.team = T::kTeams == 1 ? 0 : computes ? warp / T::kWarps : warp - T::kTeams * T::kWarps;
+  place.warp = warp % T::kWarps, place.thread = threadIdx.x % T::kTeamThreads;
+  place.token = static_cast<int>(place.lane / 4), place.quarter = static_cast<int>(place.lane % 4);
+  place.channel = static_cast<int>(32 * place.warp) + 8 * place.quarter;
+  if (threadIdx.x < T::kTeams) {
+    auto& team = shared.teams[threadIdx.x];
+    for (uint64_t* barrier : {&team.mix_barrier[0], &team.mix_barrier[1], &team.squares_barrier[0], &team.squares_barrier[1], &team.amax_barrier, &team.rest_barrier})
+      ptx::mbarrier_init(barrier, 1);
+    ptx::fence_mbarrier_init();
+  }
+  for (auto& team : shared.teams) zero_absent_ranks<T>(cluster, team);
+  __syncthreads();
+  ptx::cluster_arrive();
+  const int num_tiles = static_cast<int>((args.num_tokens + kTileTokens - 1) / kTileTokens), clusters = static_cast<int>(gridDim.x / cluster);
+  const int first = static_cast<int>(blockIdx.x / cluster) + static_cast<int>(place.team) * clusters, step = clusters * T::kTeams;
+  const Tiles tiles{first, step, first < num_tiles ? (num_tiles - first + step - 1) / step : 0};
+  if (computes)
+    run_compute_warps<T>(args, shape, division, place, tiles, dependent, shared);
+  else
+    run_last_warp<T>(args, division, place, tiles, shared.teams[place.team]);
+}
+
+// Clusters of this size that the device can hold at once.
+template <class T>
+int max_active_clusters(uint32_t cluster) {
   static const bool prepared = [] {
-    gpu::allow_smem(boundary_kernel<T>, kSmem);
+    gpu::allow_smem(boundary_kernel<T>, sizeof(typename T::SharedStorage));
     gpu::allow_large_cluster(boundary_kernel<T>);
     return true;
   }();
   (void)prepared;
-  const int64_t tiles = (args.num_tokens + T::kTokens - 1) / T::kTokens;
-  const int64_t most = context.num_sms * (kSmem <= 110 * 1024 ? 2 : 1) / cluster;  // more would only queue
-  const int64_t clusters = tiles < most ? tiles : most < 1 ? 1 : most;
+  static int known[kMaxCluster + 1] = {};
+  if (known[cluster] == 0) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = cluster, config.blockDim = T::kThreads, config.dynamicSmemBytes = sizeof(typename T::SharedStorage);
+    config.attrs = &attribute, config.numAttrs = 1;
+    DSV4_CUDA(cudaOccupancyMaxActiveClusters(&known[cluster], boundary_kernel<T>, &config));
+  }
+  return known[cluster];
+}
+
+template <class T>
+void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+  const auto cluster = static_cast<uint32_t>(args.hidden / T::kChannels);
+  const int64_t tiles = (args.num_tokens + kTileTokens - 1) / kTileTokens, most = max_active_clusters<T>(cluster);
+  DSV4_GPU_REQUIRE("hyper_connection_boundary", most > 0, "hidden = %lld: this GPU has no room for a cluster of %u CTAs", static_cast<long long>(args.hidden), cluster);
+  const int64_t clusters = tiles < most ? tiles : most;
   gpu::launch(boundary_kernel<T>,
-              {.grid = static_cast<uint32_t>(clusters * cluster), .block = kThreads, .smem_bytes = kSmem, .stream = context.stream, .cluster = cluster, .dependent = context.dependent},
-              args, shape, static_cast<uint32_t>(cluster));
+              {.grid = static_cast<uint32_t>(clusters * cluster), .block = T::kThreads, .smem_bytes = sizeof(typename T::SharedStorage), .stream = context.stream,
+               .cluster = static_cast<int>(cluster), .dependent = context.dependent},
+              args, shape, DivisionByHidden{static_cast<float>(args.hidden), 1.0f / static_cast<float>(args.hidden)}, cluster, context.dependent);
 }
 
 }  // namespace
@@ -438,13 +658,14 @@ void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& con
   DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
   if (args.num_tokens == 0) return;
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
-  const bool many = args.num_tokens > (narrow ? 8 : 4);  // two tokens a tile halve the clusters: eight of 14 CTAs do not fit at once
   if (args.head)
-    narrow ? run<Traits<4, 1, 1>>(args, shape, context) : run<Traits<4, 1, 2>>(args, shape, context);
-  else if (many)
-    narrow ? run<Traits<24, 2, 1>>(args, shape, context) : run<Traits<24, 2, 2>>(args, shape, context);
+    narrow ? run<Traits<4, 8, 1>>(args, shape, context) : run<Traits<4, 16, 1>>(args, shape, context);
+  else if (!narrow)
+    run<Traits<24, 16, 1>>(args, shape, context);
+  else if (args.num_tokens > kFewTokens)
+    run<Traits<24, 8, 2>>(args, shape, context);
   else
-    narrow ? run<Traits<24, 1, 1>>(args, shape, context) : run<Traits<24, 1, 2>>(args, shape, context);
+    run<Traits<24, 8, 1>>(args, shape, context);
 }
 
 }  // namespace dsv4
