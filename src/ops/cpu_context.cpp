@@ -19,11 +19,12 @@ bool amx_permitted() {
 #endif
 }
 
-// GCC 12 has no __builtin_cpu_supports name for the AMX bits: CPUID.7.0:EDX bit 22 (bf16), 24 (tile), 25 (int8).
+// GCC 12 has no __builtin_cpu_supports name for the AMX bits: CPUID.7.0:EDX bit 22 (bf16), 24 (tile), 25 (int8). The kernels decode
+// weights in fp16 arithmetic (bit 23), which every processor with AMX has, but a virtual machine may hide.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBits = (1u << 22) | (1u << 24) | (1u << 25);
+  constexpr unsigned kBits = (1u << 22) | (1u << 23) | (1u << 24) | (1u << 25);
   return (d & kBits) == kBits && amx_permitted();
 }
 

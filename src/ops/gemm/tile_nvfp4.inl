@@ -60,8 +60,8 @@ class BlockDecoder {
     for (; next_ < end; ++next_) {
       for (int p = 0; p < kPanels; ++p) {
         const std::byte* record = from_[p] + next_ / 4 * kPanelRecordBytes;
-        prefetch_lines<_MM_HINT_T0>(record + kNearRecords * kPanelRecordBytes);
-        prefetch_lines<_MM_HINT_T1>(record + ahead_);
+        prefetch_lines<true>(record + kNearRecords * kPanelRecordBytes);
+        prefetch_lines<false>(record + ahead_);
         decode_group(record, next_ % 4, to_[p] + next_ * 512);
       }
     }
@@ -70,12 +70,13 @@ class BlockDecoder {
  private:
   // A quarter of a record's lines (nine: the last quarter takes three). Two distances, into L1 and into L2: with either alone
   // one row of x reaches 60 to 69 % of the read stream, with both 72 % (docs/kernels/cpu.md).
-  template <int kHint>
+  template <bool kIntoL1>
   void prefetch_lines(const std::byte* record) const {
+    constexpr auto kHint = kIntoL1 ? _MM_HINT_T0 : _MM_HINT_T1;
     const char* lines = reinterpret_cast<const char*>(record + next_ % 4 * 128);
-    _mm_prefetch(lines, static_cast<_mm_hint>(kHint));
-    _mm_prefetch(lines + 64, static_cast<_mm_hint>(kHint));
-    if (next_ % 4 == 3) _mm_prefetch(lines + 128, static_cast<_mm_hint>(kHint));
+    _mm_prefetch(lines, kHint);
+    _mm_prefetch(lines + 64, kHint);
+    if (next_ % 4 == 3) _mm_prefetch(lines + 128, kHint);
   }
 
   static constexpr int64_t kNearRecords = 2, kPrefetchRecords = 16;
