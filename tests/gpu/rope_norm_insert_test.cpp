@@ -48,7 +48,7 @@ TEST(GpuRopeNormInsert, QueriesAndCacheRowsEqualTheCpuOps) {
   const std::vector<float> table = cos_sin_table(kPositions);
   DeviceArray<float> device_table(machine, table);
   for (const KvFormat format : {KvFormat::kBf16, KvFormat::kFp8, KvFormat::kNvfp4})
-    for (const auto& [tokens, heads] : {std::pair<int64_t, int>{1, 64}, {9, 128}, {130, 3}, {70, 0}}) {
+    for (const auto& [tokens, heads] : {std::pair<int64_t, int>{1, 64}, {9, 128}, {130, 3}, {70, 0}, {301, 64}}) {
       SCOPED_TRACE(std::to_string(tokens) + " tokens, " + std::to_string(heads) + " heads, format " + std::to_string(static_cast<int>(format)));
       const std::vector<bf16> q = to_bf16(random_rows(tokens * std::max(heads, 1), kDim, 1)), kv = to_bf16(random_rows(tokens, kDim + 8, 2));
       const std::vector<bf16> weight = to_bf16(random_rows(1, kDim, 3));

@@ -54,9 +54,8 @@ __device__ __forceinline__ void round_to_bf16(float (&x)[16]) {
 }
 
 // Work item i: token i / (num_heads + 1); the last of each token's items is its kv row. A warp takes kItems consecutive ones and loads
-// them all before it works on the first.
-constexpr uint32_t kItems = 2;
-
+// them all before it works on the first: two where there is work for all, one where a call is over before that pays.
+template <uint32_t kItems>
 __global__ void __launch_bounds__(kThreads) rope_norm_insert_kernel(const RopeNormInsertArgs args, const gpu::FastDiv by_items_per_token, uint32_t num_items) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -177,8 +176,9 @@ void rope_norm_insert(const RopeNormInsertArgs& args, const GpuContext& context)
   const int64_t per_token = args.num_heads + (args.kv ? 1 : 0), num_items = args.num_tokens * per_token;
   DSV4_GPU_REQUIRE(kOp, num_items < (int64_t{1} << 31) - 64, "num_tokens = %lld, num_heads = %d", static_cast<long long>(args.num_tokens), args.num_heads);
   if (num_items == 0) return;
-  const int64_t num_warps = (num_items + kItems - 1) / kItems;
-  gpu::launch(rope_norm_insert_kernel,
+  const bool is_long = num_items >= int64_t{128} * context.num_sms;
+  const int64_t num_warps = is_long ? (num_items + 1) / 2 : num_items;
+  gpu::launch(is_long ? rope_norm_insert_kernel<2> : rope_norm_insert_kernel<1>,
               {.grid = static_cast<uint32_t>((num_warps * 32 + kThreads - 1) / kThreads), .block = kThreads, .stream = context.stream, .dependent = context.dependent},
               args, gpu::FastDiv(static_cast<uint32_t>(per_token)), static_cast<uint32_t>(num_items));
 }
