@@ -26,10 +26,13 @@ TEST(MoePlan, FlashChoicesByTokens) {
   EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
 }
 
-TEST(MoePlan, PrintsWhatItChose) {
-  EXPECT_NE(plan_moe(flash(8)).to_string().find("stream: 132 CTAs"), std::string::npos);
-  EXPECT_NE(plan_moe(flash(4096)).to_string().find("tiled: 132 CTAs"), std::string::npos);
-  EXPECT_NE(plan_moe(flash(4096, ActFormat::kNvfp4)).to_string().find("fc1 and fc2 apart"), std::string::npos);
+TEST(MoePlan, PrintsWhatItChoseAndForWhatWorkload) {
+  const auto text = [](int64_t tokens, ActFormat act = ActFormat::kBf16) { return plan_moe(flash(tokens, act)).to_string(); };
+  EXPECT_EQ(text(2).rfind("ring (one to three tokens: latency): 132 CTAs", 0), 0u) << text(2);
+  EXPECT_EQ(text(8).rfind("stream (decode batches: bandwidth): 132 CTAs", 0), 0u) << text(8);
+  EXPECT_EQ(text(4096).rfind("tiled (prefill", 0), 0u) << text(4096);
+  EXPECT_EQ(text(4096, ActFormat::kNvfp4).rfind("tiled (a4", 0), 0u) << text(4096, ActFormat::kNvfp4);
+  EXPECT_NE(text(4096, ActFormat::kNvfp4).find("fc1 and fc2 apart"), std::string::npos);
 }
 
 TEST(MoePlan, SharedExpertTakesWorkspace) {

@@ -30,22 +30,24 @@ MoePlan plan_moe(const MoePlanInput& in) {
   const int64_t slots = in.num_tokens * in.num_topk;
   const int64_t fc1_tasks = slots * ((moe_fc1_strips(in.inter) + 3) / 4);  // if no two tokens share an expert
   if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots) {
-    plan.tier = MoeTier::kTiled;  // prefill; every a4 call
+    plan.tier = MoeTier::kTiled;
+    plan.workload = in.act != ActFormat::kBf16 ? "a4, any number of tokens" : "prefill and large decode batches: decoding once per tile pays";
     plan.split_launch = in.act == ActFormat::kNvfp4;
   } else if (static_cast<double>(fc1_tasks) < kStreamMinTasksPerCta * plan.ctas && slots <= sm90::kRingMaxSlots) {
-    plan.tier = MoeTier::kRing;  // one to three tokens: latency
+    plan.tier = MoeTier::kRing;
+    plan.workload = "one to three tokens: latency";
   } else {
-    plan.tier = MoeTier::kStream;  // decode batches: bandwidth
+    plan.tier = MoeTier::kStream;
+    plan.workload = "decode batches: bandwidth";
   }
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
   return plan;
 }
 
 std::string MoePlan::to_string() const {
-  const char* shared_text = shared_expert ? ", shared expert before" : "";
-  if (tier != MoeTier::kTiled) return fmt::format("{}: {} CTAs, workspace {} bytes{}", tier == MoeTier::kRing ? "ring" : "stream", ctas, workspace_bytes, shared_text);
-  return fmt::format("tiled: {} CTAs, {}, workspace {} bytes{}", ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
-                     workspace_bytes, shared_text);
+  const char* name = tier == MoeTier::kRing ? "ring" : tier == MoeTier::kStream ? "stream" : "tiled";
+  return fmt::format("{} ({}): {} CTAs, {}{}, workspace {} bytes", name, workload, ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
+                     shared_expert ? ", shared expert before" : "", workspace_bytes);
 }
 
 }  // namespace dsv4

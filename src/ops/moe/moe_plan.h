@@ -27,6 +27,7 @@ struct MoePlanInput {
 
 struct MoePlan {
   MoeTier tier = MoeTier::kStream;
+  const char* workload = "";  // what the choice was made for
   int ctas = 0;          // persistent, one per SM
   bool split_launch = false;  // fc1 and fc2 in launches of their own (a4: the global scale of a row of h needs the whole row)
   bool shared_expert = false;  // its two GEMMs run before the routed experts (moe_shared_sm90.h)
