@@ -3,9 +3,11 @@
 #
 #   scripts/gpu_check.sh [--bin DIR] [--no-tests] [--no-sanitize] [--no-bench] [--quick] [--only NAME]
 #
-# --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib); without it they are built in build/gpu (needs nvcc, cmake)
-# --only NAME run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME
-# Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else docs/results/.
+# --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib); without it they are built in build/gpu for this machine's card
+#             (needs cmake, nvcc and the packages of cmake/Dependencies.cmake; says what is missing before it builds anything)
+# --only NAME build and run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME, where they exist
+# Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else docs/results/; gpu_check.json has the
+# date, the card, what passed and the bf16 matrix product rate of cuBLASLt (each bench's JSON has its own copy and read ceilings).
 # Sanitizers (memcheck, racecheck, initcheck) run the small cases: the gtest filter in tests/gpu/<binary>.sanitize (or beside the
 # binary), or every test but those named *Exhaustive* when there is none.
 set -u
@@ -25,15 +27,36 @@ while [ $# -gt 0 ]; do
 done
 if [ -z "$bin" ]; then
   bin=$root/build/gpu/bin
-  cmake -S "$root" -B "$root/build/gpu" -DDSV4_CUDA=ON -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$bin" || exit 3
-  cmake --build "$root/build/gpu" -j || exit 3
+  missing=()
+  for tool in cmake nvcc c++; do command -v $tool >/dev/null || missing+=("$tool"); done
+  if command -v c++ >/dev/null; then
+    while read -r header package; do
+      echo "#include <$header>" | c++ -x c++ -std=c++20 -DPCRE2_CODE_UNIT_WIDTH=8 -E - >/dev/null 2>&1 || missing+=("$header ($package)")
+    done <<'LIST'
+fmt/core.h libfmt-dev
+nlohmann/json.hpp nlohmann-json3-dev
+CLI/CLI.hpp libcli11-dev
+pcre2.h libpcre2-dev
+gtest/gtest.h libgtest-dev
+LIST
+  fi
+  if [ ${#missing[@]} -gt 0 ]; then
+    echo "cannot build here, missing: $(printf '%s, ' "${missing[@]}" | sed 's/, $//'). Build elsewhere and give --bin DIR." >&2
+    exit 3
+  fi
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+  cmake -S "$root" -B "$root/build/gpu" -DDSV4_CUDA=ON ${capability:+-DDSV4_CUDA_ARCHS=${capability}a} -DCMAKE_RUNTIME_OUTPUT_DIRECTORY="$bin" || exit 3
+  targets=$(cmake --build "$root/build/gpu" --target help | grep -oE "dsv4_(tests|bench)_gpu_${only:-[a-z_]+}\b" | sort -u)
+  [ -n "$targets" ] || { echo "no target dsv4_tests_gpu_$only or dsv4_bench_gpu_$only" >&2; exit 2; }
+  # shellcheck disable=SC2086
+  cmake --build "$root/build/gpu" -j "$(nproc)" --target $targets || exit 3
 fi
 out=${OUT:-$root/docs/results}
 mkdir -p "$out"
 [ -d "$bin/lib" ] && export LD_LIBRARY_PATH="$bin/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 
 failed=0
-summary=()
+summary=() steps=()
 run() {  # run NAME COMMAND...: its log, one summary line, the exit status counted
   local name=$1 log start status
   shift
@@ -43,8 +66,10 @@ run() {  # run NAME COMMAND...: its log, one summary line, the exit status count
   status=$?
   if [ $status -eq 0 ]; then
     summary+=("ok    $name ($((SECONDS - start)) s) $(grep -aE '^\[  (PASSED|SKIPPED) ' "$log" | head -2 | tr '\n' ' ')")
+    steps+=("{\"step\": \"$name\", \"ok\": true, \"seconds\": $((SECONDS - start))}")
   else
     summary+=("FAIL  $name: exit $status, $log")
+    steps+=("{\"step\": \"$name\", \"ok\": false, \"seconds\": $((SECONDS - start))}")
     failed=1
     grep -aE 'Failure|FAILED|ERROR|Error|error|differ' "$log" | head -15
   fi
@@ -79,6 +104,21 @@ if [ -n "$bench" ]; then
     cat "$out/$(basename "$binary").log"
   done
 fi
+matmul=null
+if [ -n "$bench" ]; then
+  if matmul_line=$(python3 "$root/scripts/matmul_ceiling.py" 2>"$out/matmul_ceiling.log"); then
+    matmul=$matmul_line
+    echo "cuBLASLt: $matmul_line"
+  else
+    summary+=("----  bf16 matrix product ceiling not measured: $(tail -1 "$out/matmul_ceiling.log")")
+  fi
+fi
+{
+  echo "{\"date\": \"$(date -u +%FT%TZ)\", \"device\": \"$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)\","
+  echo " \"driver\": \"$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)\", \"commit\": \"$(git -C "$root" rev-parse --short HEAD 2>/dev/null)\","
+  echo " \"cublaslt\": $matmul,"
+  echo " \"steps\": [$(printf '%s,\n  ' "${steps[@]}" | sed '$d' | sed '$s/,$//')]}"
+} >"$out/gpu_check.json"
 echo "---- summary"
 printf '%s\n' "${summary[@]}"
 exit $failed

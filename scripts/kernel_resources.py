@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Registers, stack, spills and static shared memory of every kernel, per architecture, as a Markdown table.
 
-    scripts/kernel_resources.py [--nvcc NVCC] [--archs 90a,100a,120a] [-o docs/results/kernel_resources.md]
+    scripts/kernel_resources.py [--nvcc NVCC] [--archs 90a,100a,120a] [--jobs N] [-o docs/results/kernel_resources.md]
 
 Compiles each src/**/*_cuda.cu for every architecture (and *_sm90.cu, *_sm100.cu for theirs) with -Xptxas -v and the flags of
 src/gpu/CMakeLists.txt. Compiled is not tested: the table shows what a compiler said, nothing ran.
 """
 import argparse
+import concurrent.futures
 import pathlib
 import re
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "--fmad=false", "-O3", "-diag-suppress=20012,20013,20014,20015", "-Xptxas", "-v"]
+FLAGS = ["-std=c++20", "--expt-relaxed-constexpr", "--fmad=false", "-O3", "-diag-suppress=20012,20013,20014,20015,177", "-Xptxas", "-v"]
 
 
 def demangle(names):
@@ -55,6 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--archs", default="90a,100a,120a")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("-o", "--output", default=str(ROOT / "docs/results/kernel_resources.md"))
     arguments = parser.parse_args()
     archs = arguments.archs.split(",")
@@ -63,12 +65,15 @@ def main():
              f"Made by `scripts/kernel_resources.py` with nvcc {version}. Each cell: registers; stack frame, spill stores + spill loads in bytes where not 0;",
              "static shared memory in bytes where not 0 (dynamic shared memory is in the sources' SharedStorage). **sm_100a and sm_120a are compiled only.**", "",
              "| source | kernel | " + " | ".join(f"sm_{a}" for a in archs) + " |", "|---|---|" + "---|" * len(archs)]
-    for source in sorted([*ROOT.glob("src/**/*_cuda.cu"), *ROOT.glob("src/**/*_sm90.cu"), *ROOT.glob("src/**/*_sm100.cu")]):
-        own = {"_sm90.cu": ["90a"], "_sm100.cu": ["100a"]}
-        wanted = next((v for k, v in own.items() if source.name.endswith(k)), archs)
+    sources = sorted([*ROOT.glob("src/**/*_cuda.cu"), *ROOT.glob("src/**/*_sm90.cu"), *ROOT.glob("src/**/*_sm100.cu")])
+    own = {"_sm90.cu": ["90a"], "_sm100.cu": ["100a"]}
+    wanted = [(source, arch) for source in sources for arch in next((v for k, v in own.items() if source.name.endswith(k)), archs)]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        results = dict(zip(wanted, pool.map(lambda job: resources(arguments.nvcc, *job), wanted)))
+    for source in sources:
         table = {}
-        for arch in wanted:
-            for kernel, registers, stack, stores, loads, smem in resources(arguments.nvcc, source, arch):
+        for arch in (a for s, a in wanted if s == source):
+            for kernel, registers, stack, stores, loads, smem in results[source, arch]:
                 cell = f"{registers}" + (f"; stack {stack}, spills {stores}+{loads}" if stack or stores or loads else "") + (f"; smem {smem}" if smem else "")
                 table.setdefault(kernel, {})[arch] = cell
         for kernel, cells in table.items():
