@@ -98,6 +98,7 @@ void run_cuda(const BenchFlags& flags, bool rows_given) {
   bench::MoeTimeOptions options;
   options.shape = flags.options.shape;
   options.routings = flags.routings;
+  options.tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192};
   if (rows_given) options.tokens = flags.options.rows;
   const bench::MoeCeilings ceilings = bench::measure_moe_ceilings();
   Json results = Json::array();
