@@ -13,7 +13,13 @@ struct RingPlan {
   uint32_t stages = 1;
 };
 
-constexpr uint32_t kRingSmemBytes = 226 * 1024;  // of an SM, 1 KiB less for every CTA
+// Shared memory that one CTA may have: 227 KiB on Hopper and data-centre Blackwell, 99 KiB on sm_120.
+inline uint32_t ring_smem_limit() {
+  int device = 0, bytes = 0;
+  DSV4_CUDA(cudaGetDevice(&device));
+  DSV4_CUDA(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return static_cast<uint32_t>(bytes);
+}
 
 inline uint32_t ring_smem_bytes(const RingPlan& plan, uint32_t stage_bytes, bool tiled) {
   return plan.warps * (plan.stages * stage_bytes + kRingMaxStages * 8 + (tiled ? 2 : 1) * plan.piece_vecs);
@@ -27,27 +33,25 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
   const auto sms = static_cast<uint32_t>(context.num_sms);
   const bool aligned = reinterpret_cast<uintptr_t>(out.codes) % 16 == 0 && reinterpret_cast<uintptr_t>(out.sf) % 16 == 0;
   if (shape.vecs_per_row % 32 != 0 || !aligned || !source.stageable()) return {};
-  RingPlan plan;
+  const uint32_t limit = ring_smem_limit();
+  const auto smem_of = [&](const RingPlan& plan) { return ring_smem_bytes(plan, plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(), tiled); };
   if (mode == RingMode::kStream) {
-    if (tiled) {
-      plan = is_long ? RingPlan{kTiledWarps, 2, 256, 1} : RingPlan{kTiledWarps, 3, 128, 1};
-      return shape.num_vecs < (512u << 10) ? RingPlan{} : plan;
-    }
-    if (Source::kTraits.settles) plan = {16, 1, 256, 1};
-    else plan = {24, 1, 64, 2};
-    // Shorter calls start and end sooner without the ring, unless the start is hidden by a predecessor.
-    return is_long || (context.dependent && shape.num_vecs >= (512u << 10)) ? plan : RingPlan{};
+    const RingPlan plan = tiled ? (is_long ? RingPlan{kTiledWarps, 2, 256, 1} : RingPlan{kTiledWarps, 3, 128, 1})
+                          : Source::kTraits.settles ? RingPlan{16, 1, 256, 1} : RingPlan{24, 1, 64, 2};
+    // Shorter calls start and end sooner without the ring, unless a predecessor hides the start.
+    const bool pays = is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent));
+    return pays && smem_of(plan) <= limit ? plan : RingPlan{};
   }
   // A warp per row: the number of warps that leaves the fewest idle in the last round. Few rows: a CTA per row is done sooner.
   if (shape.num_rows <= 16 * sms) return {};
-  const uint32_t stage_bytes = shape.vecs_per_row * Source::kTraits.vec_bytes + source.extra_bytes();
+  RingPlan plan;
   uint32_t best = ~0u;
   for (const uint32_t warps : {24u, 16u, 12u, 8u, 6u}) {
     if (mode == RingMode::kRowGlobal && !Source::kTraits.settles && warps > 16) continue;
-    if (plan.warps >= 16 && warps < 16) break;
+    if (plan.warps > 0 && warps < 16) break;  // fewer hide less latency
     const RingPlan candidate{warps, 1, shape.vecs_per_row, 1};
     const uint32_t cost = (shape.num_rows + sms * warps - 1) / (sms * warps) * warps;
-    if (ring_smem_bytes(candidate, stage_bytes, false) <= kRingSmemBytes && cost < best) best = cost, plan = candidate;
+    if (smem_of(candidate) <= limit && cost < best) best = cost, plan = candidate;
   }
   return plan;
 }
