@@ -9,6 +9,12 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The block's dynamic shared memory. A function, so that emulated kernels (tests/emulate) have one too.
+__device__ __forceinline__ uint8_t* dynamic_smem() {
+  extern __shared__ __align__(128) uint8_t dynamic_storage[];
+  return dynamic_storage;
+}
+
 // ---- mbarrier, 8 bytes in shared memory (9.7.13.15) ----
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {

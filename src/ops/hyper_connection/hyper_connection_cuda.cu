@@ -24,7 +24,7 @@
 #include "gpu/ptx/sync.cuh"
 #include "ops/hyper_connection/hyper_connection_gpu.h"
 #include "ops/hyper_connection/sinkhorn_device.cuh"
-#include "ops/quantize/quantize_launch.cuh"
+#include "ops/quantize/quantize_kernels.cuh"
 
 namespace dsv4 {
 namespace {
@@ -584,8 +584,7 @@ __device__ __forceinline__ void zero_absent_ranks(uint32_t cluster, typename T::
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division, uint32_t cluster, bool dependent) {
-  extern __shared__ __align__(128) uint8_t storage[];
-  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(storage);
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   Place place;
   const uint32_t warp = threadIdx.x / 32;
   const bool computes = warp < T::kTeams * T::kWarps;

@@ -1,0 +1,38 @@
+// Stands in for src/gpu/ptx/convert.cuh; approximations are as good as binary32 gets.
+#pragma once
+
+#include "codec/bf16.h"
+#include "codec/e4m3.h"
+#include "emulate.h"
+
+namespace dsv4::ptx {
+
+inline constexpr bool kHasCvtE2m1 = false;
+inline uint32_t cvt_e2m1x2(float, float) { return 0; }
+inline uint32_t cvt_e4m3x2(float even, float odd) { return encode_e4m3(even) | static_cast<uint32_t>(encode_e4m3(odd)) << 8; }
+inline uint32_t bf16_bits(float x) {
+  const bf16 value = encode_bf16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &value, 2);
+  return bits;
+}
+inline uint32_t cvt_bf16x2(float even, float odd) { return bf16_bits(even) | bf16_bits(odd) << 16; }
+inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
+inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+inline float max_nan(float a, float b) { return std::isnan(a) ? a : std::isnan(b) ? b : std::fmax(a, b); }
+inline uint32_t abs_bf16x2(uint32_t pair) { return pair & 0x7fff7fffu; }
+inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  return cvt_bf16x2(max_nan(low_bf16(a), low_bf16(b)), max_nan(high_bf16(a), high_bf16(b)));
+}
+inline float rcp_approx(float x) { return 1.0f / x; }
+inline float rcp_approx_ftz(float x) { return 1.0f / x; }
+inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(x); }
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | uint64_t{b} << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
+}  // namespace dsv4::ptx
