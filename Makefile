@@ -38,7 +38,7 @@ sanitize: setup
 # Compiles every kernel for sm_90a, sm_100a and sm_120a; runs only what tests/emulate runs on the CPU.
 cuda: setup
 	cmake --preset cuda
-	cmake --build build-cuda -j $(JOBS) --target dsv4_kernels_sm90 dsv4_kernels_sm100 dsv4_kernels_any dsv4_tests_emulate_hyper_connection
+	cmake --build build-cuda -j $(JOBS) --target dsv4_kernels_sm90 dsv4_kernels_sm100 dsv4_kernels_any emulated_tests
 	ctest --test-dir build-cuda --output-on-failure -R '^dsv4_tests_emulate'
 
 # The Python package and its tests in a virtual environment; nanobind and pytest come from PyPI.

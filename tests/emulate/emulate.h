@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, one fiber a thread, so that a kernel's source can be tested where there is no GPU: its arithmetic, its use of
-// shuffles, mma, barriers, asynchronous stores between the CTAs of a cluster, and whether it waits for ever. Not its races: fibers take
-// turns, and everything asynchronous happens at once. The headers beside this one stand in for src/gpu and are found first.
+// shuffles, mma, barriers, asynchronous stores between the CTAs of a cluster, and whether it waits for ever. Of its races only those that
+// show when warps run one after the other as far as they get; everything asynchronous happens at once. The headers beside this one stand
+// in for src/gpu and are found first.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -75,6 +76,7 @@ struct Machine {
   uint32_t grid = 0, block = 0;
   bool progress = false;
   const std::function<void()>* kernel = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers;  // as many as a cluster had threads at most; all done between clusters
 };
 inline Machine machine;
 
@@ -104,15 +106,16 @@ inline const LaneWords& exchange(const uint64_t* words, int count) {
 }
 
 inline void enter_fiber() {
-  (*machine.kernel)();
-  machine.current->done = machine.progress = true;
-  yield();
+  for (;;) {  // one thread after the other
+    (*machine.kernel)();
+    machine.current->done = machine.progress = true;
+    yield();
+  }
 }
 
-inline std::unique_ptr<Fiber> make_fiber(Cta* cta, uint32_t block, uint32_t thread) {
+inline std::unique_ptr<Fiber> make_fiber() {
   auto fiber = std::make_unique<Fiber>();
   fiber->stack.reset(new char[kStackBytes]);
-  fiber->cta = cta, fiber->block = block, fiber->thread = thread;
   getcontext(&fiber->context);
   fiber->context.uc_stack.ss_sp = fiber->stack.get();
   fiber->context.uc_stack.ss_size = kStackBytes;
@@ -121,33 +124,60 @@ inline std::unique_ptr<Fiber> make_fiber(Cta* cta, uint32_t block, uint32_t thre
   return fiber;
 }
 
-inline void run(uint32_t grid, uint32_t block, int smem_bytes, int cluster_ctas, const std::function<void()>& kernel) {
-  machine.grid = grid, machine.block = block, machine.kernel = &kernel;
-  std::vector<std::unique_ptr<Cluster>> clusters;
+// Runs a warp until all of its threads wait or are done. True: there was something to do.
+inline bool run_warp(size_t warp, bool* all_done) {
+  for (bool any = false;; any = true) {
+    bool done = true;
+    machine.progress = false;
+    for (size_t i = warp * kLanes; i < (warp + 1) * kLanes; ++i) {
+      machine.current = machine.fibers[i].get();
+      if (!machine.current->done) swapcontext(&machine.scheduler, &machine.current->context);
+      done = done && machine.current->done;
+    }
+    if (machine.progress) continue;
+    *all_done = *all_done && done;
+    return any;
+  }
+}
+
+// The CTAs from first_block on, to their end. A warp goes on until it has to wait, in every other cluster the last warp first: what lacks a
+// barrier comes too early in one of them.
+inline void run_cluster(uint32_t first_block, uint32_t block, int smem_bytes, int cluster_ctas) {
+  Cluster cluster;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  for (uint32_t b = 0; b < grid; ++b) {
-    if (b % static_cast<uint32_t>(cluster_ctas) == 0) clusters.push_back(std::make_unique<Cluster>());
+  for (uint32_t rank = 0; rank < static_cast<uint32_t>(cluster_ctas); ++rank) {
     auto cta = std::make_unique<Cta>();
-    cta->cluster = clusters.back().get(), cta->rank = b % static_cast<uint32_t>(cluster_ctas);
+    cta->cluster = &cluster, cta->rank = rank;
     cta->memory.reset(new uint8_t[static_cast<size_t>(smem_bytes) + 1024]);
-    std::memset(cta->memory.get(), 0xa5, static_cast<size_t>(smem_bytes) + 1024);  // NaNs
+    std::memset(cta->memory.get(), 0xff, static_cast<size_t>(smem_bytes) + 1024);  // NaNs
     cta->smem = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(cta->memory.get()) + 1023) / 1024 * 1024);
     cta->warps.resize(block / kLanes);
-    cta->cluster->ctas.push_back(cta.get());
-    for (uint32_t t = 0; t < block; ++t) fibers.push_back(make_fiber(cta.get(), b, t));
+    cluster.ctas.push_back(cta.get());
+    for (uint32_t t = 0; t < block; ++t) {
+      const size_t index = size_t{rank} * block + t;
+      if (index == machine.fibers.size()) machine.fibers.push_back(make_fiber());
+      Fiber& fiber = *machine.fibers[index];
+      fiber.cta = cta.get(), fiber.block = first_block + rank, fiber.thread = t, fiber.done = false;
+    }
     ctas.push_back(std::move(cta));
   }
-  for (bool all_done = false; !all_done;) {
-    all_done = true, machine.progress = false;
-    for (const auto& fiber : fibers) {
-      if (fiber->done) continue;
-      machine.current = fiber.get();
-      swapcontext(&machine.scheduler, &fiber->context);
-      all_done = all_done && fiber->done;
+  const size_t num_warps = static_cast<size_t>(cluster_ctas) * block / kLanes;
+  const bool backwards = first_block / static_cast<uint32_t>(cluster_ctas) % 2 == 1;
+  for (;;) {
+    bool all_done = true, progress = false;
+    for (size_t i = 0; i < num_warps; ++i) progress = run_warp(backwards ? num_warps - 1 - i : i, &all_done) || progress;
+    if (all_done) return;
+    if (!progress) {
+      machine.fibers.clear();
+      throw std::runtime_error("the emulated kernel waits for ever");
     }
-    if (!all_done && !machine.progress) throw std::runtime_error("the emulated kernel waits for ever");
   }
+}
+
+// One cluster after the other, as a GPU may: clusters never wait for each other.
+inline void run(uint32_t grid, uint32_t block, int smem_bytes, int cluster_ctas, const std::function<void()>& kernel) {
+  machine.grid = grid, machine.block = block, machine.kernel = &kernel;
+  for (uint32_t b = 0; b < grid; b += static_cast<uint32_t>(cluster_ctas)) run_cluster(b, block, smem_bytes, cluster_ctas);
 }
 
 template <uint32_t (*kValue)()>
@@ -203,3 +233,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, static_cast<int>(emulate::thread() % emulate::kLanes) ^ bits);
 }
 inline void __syncthreads() { emulate::sync(emulate::machine.current->cta->named[16], static_cast<int>(emulate::machine.block)); }
+inline void __syncwarp() {
+  const emulate::Fiber& fiber = *emulate::machine.current;
+  emulate::sync(fiber.cta->warps[fiber.thread / emulate::kLanes].barrier, emulate::kLanes);
+}

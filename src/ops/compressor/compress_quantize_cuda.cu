@@ -307,7 +307,7 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecodeArgs args) {
-  __shared__ typename T::SharedStorage shared;
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   const int token = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
   const CompressCommon& common = args.common;
   const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);  // does not depend on the predecessor
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPrefillArgs args) {
-  __shared__ typename T::SharedStorage shared;
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   const int index = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
   const CompressCommon& common = args.common;
   const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);
@@ -377,22 +377,23 @@ __global__ void fill_kernel(float* values, float* gates, int64_t count) {
 }
 
 template <class T>
-gpu::LaunchConfig config_for(int64_t jobs, const GpuContext& context) {
-  return {.grid = static_cast<uint32_t>(jobs * T::kClusterCtas), .block = T::kThreads, .stream = context.stream, .cluster = T::kClusterCtas, .dependent = context.dependent};
+gpu::LaunchConfig config_for(int64_t jobs, size_t smem_bytes, const GpuContext& context) {
+  return {.grid = static_cast<uint32_t>(jobs * T::kClusterCtas), .block = T::kThreads, .smem_bytes = static_cast<int>(smem_bytes), .stream = context.stream,
+          .cluster = T::kClusterCtas, .dependent = context.dependent};
 }
 
 template <class T>
 void run(const CompressDecodeArgs& args, const GpuContext& context) {
-  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, context), args);
+  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args);
 }
 
 template <class T>
 void run(const CompressPrefillArgs& args, const GpuContext& context) {
   const int64_t end = args.first_position + args.num_tokens;
   const int64_t windows = end / T::kShape.ratio - args.first_position / T::kShape.ratio;
-  if (windows > 0) gpu::launch(prefill_kernel<T>, config_for<T>(windows, context), args);
+  if (windows > 0) gpu::launch(prefill_kernel<T>, config_for<T>(windows, sizeof(typename T::SharedStorage), context), args);
   const int64_t first = end - args.num_tokens < end - T::kShape.state_rows ? end - T::kShape.state_rows : args.first_position;
-  gpu::launch(state_kernel<T>, config_for<T>(end - first, context), args, first);
+  gpu::launch(state_kernel<T>, config_for<T>(end - first, 0, context), args, first);
 }
 
 template <class Args>

@@ -25,6 +25,7 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   const emulate::MemoryBarrier& b = cta().memory_barriers.at(smem_offset(barrier));
   emulate::wait_until([&] { return b.parity != parity; });
 }
+inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 inline void fence_mbarrier_init() {}
 
 inline void named_barrier_sync(uint32_t id, uint32_t threads) { emulate::sync(cta().named[id], static_cast<int>(threads)); }
