@@ -253,8 +253,8 @@ def compress_quantize(
                    "fp8" 128 + 4, "fp4" 64 + 4
     row_format     "bf16", "fp8" or "nvfp4"; "indexer": "bf16", "fp8" or "fp4"
 
-    Decoding, one token of each sequence: positions, states int32 [tokens] (no state twice); slots int32 [tokens], cache rows, out of
-    range: not stored; rope_rows int32 [tokens], rows of cos_sin for position window * ratio, used where a window completes.
+    Decoding, one token of each sequence: positions, states int32 [tokens] (no state twice); slots int32 [tokens], cache rows (none
+    twice where windows complete), out of range: not stored; rope_rows int32 [tokens], rows of cos_sin for position window * ratio, used where a window completes.
     A chunk of one sequence: first_position; the state arrays without their first axis; slots and rope_rows int32 [completed windows].
 
     check_indices  checking CUDA index arrays copies them to the host and waits; False skips it, and a bad index then reaches memory it should

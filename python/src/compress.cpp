@@ -96,7 +96,8 @@ struct CommonArrays {
   }
 };
 
-void check_decode_indices(const CommonArrays& arrays, const Array& positions, const Array& states, const Array& rope_rows, uint64_t stream) {
+void check_decode_indices(const CommonArrays& arrays, const Array& positions, const Array& states, const Array& rope_rows,
+                          const Array& slots, int32_t num_rows, uint64_t stream) {
   const std::vector<int32_t> position = host_copy(positions, stream), state = host_copy(states, stream);
   std::vector<int32_t> rope_row = host_copy(rope_rows, stream);
   check_bounds("positions", position, 0, INT32_MAX, "positions");
@@ -104,8 +105,14 @@ void check_decode_indices(const CommonArrays& arrays, const Array& positions, co
   std::unordered_set<int32_t> seen;
   for (size_t token = 0; token < state.size(); ++token)
     if (!seen.insert(state[token]).second) throw_value_error("states", "a state of its own for each token", fmt::format("{} again at [{}]", state[token], token));
-  for (size_t token = 0; token < rope_row.size(); ++token)
-    if ((position[token] + 1) % arrays.traits.ratio != 0) rope_row[token] = 0;  // not read: completes no window
+  const std::vector<int32_t> slot = host_copy(slots, stream);
+  std::unordered_set<int32_t> stored;
+  for (size_t token = 0; token < rope_row.size(); ++token) {
+    const bool completes = (static_cast<int64_t>(position[token]) + 1) % arrays.traits.ratio == 0;
+    if (!completes) rope_row[token] = 0;  // not read
+    if (completes && slot[token] >= 0 && slot[token] < num_rows && !stored.insert(slot[token]).second)
+      throw_value_error("slots", "a row of its own for each completed window", fmt::format("{} again at [{}]", slot[token], token));
+  }
   check_bounds("rope_rows", rope_row, 0, arrays.cos_sin.size(0), "rows of cos_sin");
 }
 
@@ -117,7 +124,7 @@ void compress_decode(std::string kind, nb::object value, nb::object gate, nb::ob
   const Array rope_rows("rope_rows", rope_rows_object, Access::kRead), slots("slots", slots_object, Access::kRead);
   const CompressCommon common = arrays.checked(false, row_format, rows_per_page, rms_eps);
   for (const Array* array : {&positions, &states, &rope_rows, &slots}) array->of(Type::kInt32).shaped({arrays.num_tokens()}).contiguous().on(arrays.value);
-  if (check_indices || !arrays.value.device().cuda) check_decode_indices(arrays, positions, states, rope_rows, stream);
+  if (check_indices || !arrays.value.device().cuda) check_decode_indices(arrays, positions, states, rope_rows, slots, common.pages.num_rows, stream);
   const CompressDecodeArgs args{common, positions.data<const int32_t>(), states.data<const int32_t>(), rope_rows.data<const int32_t>(),
                                 slots.data<const int32_t>(), arrays.num_tokens()};
   run_where(arrays.value, stream, [&](const auto& context) { compress_quantize(args, context); });

@@ -49,7 +49,7 @@ int available_cpus() {
 std::vector<int> cpus_by_core() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return {0};
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return {};  // more CPUs than a cpu_set_t has: nobody is pinned
   std::vector<int> first, others;
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {

@@ -158,9 +158,16 @@ std::vector<Shard> plan_shards(const std::vector<LogicalTensor>& tensors, const 
     shard_bytes += bytes;
     for (SynthPart& part : parts) shards.back().push_back(std::move(part));
   }
-  // By falling element size, so that tensors start aligned; but global scales last, when all codes have been made: a matrix is
-  // generated once then. (They follow 1-byte tensors, whose sizes are multiples of 4 in every real shape.)
-  const auto rank = [](const SynthPart& part) { return part.bytes() == 4 && part.tensor->is_matrix() ? 0 : dtype_bytes(part.spec.dtype); };
+  // By falling element size, so that tensors start aligned; but the scalar scales of a matrix after its codes, so that it is generated
+  // once, and before tensors whose size is no multiple of 4.
+  const auto rank = [](const SynthPart& part) -> int64_t {
+    const bool scalar_scale = part.kind == SynthPartKind::kGlobalScale || part.kind == SynthPartKind::kGlobalScaleRcp ||
+                              part.kind == SynthPartKind::kInputScale || part.kind == SynthPartKind::kInputScaleRcp;
+    if (scalar_scale) return 4;
+    const int64_t size = dtype_bytes(part.spec.dtype);
+    if (size >= 4) return size + 4;
+    return (part.bytes() % 4 == 0 ? 5 : 0) + size - 1;
+  };
   for (Shard& shard : shards)
     std::stable_sort(shard.begin(), shard.end(), [&](const SynthPart& a, const SynthPart& b) { return rank(a) > rank(b); });
   return shards;

@@ -149,6 +149,27 @@ TEST(Synth, BytesDependOnTheSeedAndOnNothingElse) {
   }
 }
 
+// Readers that map tensors want them at multiples of their element size, in every shard (FP8 scales of a small matrix have one or two bytes).
+TEST(Synth, TensorsStartAligned) {
+  TempFolder folder;
+  SynthOptions options;
+  for (SynthVariant variant : kVariants)
+    for (int layers : {1, 3}) {
+      options.config = synth_shape_config("demo");
+      resize_synth_config(options.config, layers, 0);
+      options.variant = variant;
+      options.shard_bytes = 1 << 20;
+      std::filesystem::remove_all(folder / "x");
+      write_synth_checkpoint(folder / "x", options);
+      for (const auto& entry : std::filesystem::directory_iterator(folder / "x")) {
+        if (entry.path().extension() != ".safetensors") continue;
+        const SafetensorsFile file(entry.path().string());  // its own tensors would be realigned
+        for (const auto& [name, tensor] : parse_safetensors(file.mapped_bytes(), "file").tensors)
+          EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(dtype_bytes(tensor.dtype)), 0u) << entry.path() << " " << name;
+      }
+    }
+}
+
 TEST(Synth, ExpertTableHasDistinctExpertsInRange) {
   TempFolder folder;
   write_tiny(folder.path(), SynthVariant::kBf16);

@@ -391,6 +391,24 @@ def windows_to_pages(windows):
     return (windows + 1) // 2
 
 
+def test_two_windows_cannot_complete_into_one_row():
+    c = Compression("csa", "bf16")
+    state_value = np.zeros((2, c.state_rows, c.width), np.float32)
+
+    def decode(positions, slots):
+        dsv4.compress_quantize(
+            "csa", c.value[:2], c.gate[:2], c.ape, c.norm_weight, c.cos_sin, state_value, np.full_like(state_value, -np.inf), np.zeros((2, 2048), np.uint8),
+            np.array(slots, np.int32), np.zeros(2, np.int32), row_format="bf16", rows_per_page=2, positions=np.array(positions, np.int32),
+            states=np.arange(2, dtype=np.int32),
+        )
+
+    with pytest.raises(ValueError, match="slots.*a row of its own.*1 again"):
+        decode([3, 7], [1, 1])
+    decode([3, 7], [1, 2])
+    decode([3, 6], [1, 1])  # the second completes nothing
+    decode([3, 7], [9, 9])  # out of range: not stored
+
+
 @pytest.mark.parametrize("kind", COMPRESSORS)
 def test_compressed_rows_are_near_float64(kind):
     compression = Compression(kind, "bf16")

@@ -3,8 +3,8 @@
 // Numerics: x is binary32 (bf16-representable unless the run is exact). Products and sums in binary32, the order is the
 // implementation's own (panel.h) but depends on neither num_tokens nor the number of threads; NVFP4: e2m1 * sf sums, then
 // one multiplication by global; FP8 block: partial sums per 128 columns times the block scale. The reference sums in double.
-// kAmx with x_is_bf16: bf16 tiles, which take subnormal products (below 2^-126) as zero, and values of x that are no bf16
-// values as if cut to bf16.
+// kAmx with x_is_bf16: bf16 tiles, which take as zero products (before global or block scale) below max(2^-126, 2^-140 times the row's
+// largest |x|) and, with BF16 weights, subnormal operands; and values of x that are no bf16 values as if cut to bf16.
 // NaN scale factors and FP8 NaN codes are no valid weights: the result is then unspecified (the loader refuses them).
 // round_output: each y is rounded to bf16 once, at the end (the model's linears outside exact mode).
 #pragma once

@@ -213,9 +213,10 @@ void dot_nvfp4(const PanelArgs* const* panels) {
     for (int64_t t = 0; t < num_x; ++t) {
       const float factor = *row_trailer(args.x[t], args.w->cols);
       const float global = panels[p]->w->global.value;
-      // a4: the tiles summed dot / 4; the contract multiplies the whole sum by (global_x * global_w) / 4.
-      const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(out + t * kPanelRows), _mm512_set1_ps(a4 ? 4.0f : 1.0f));
-      const float alpha = a4 ? factor * global * 0.25f : factor * global;
+      // a4: the tiles summed dot / 4; the contract multiplies the whole sum by (global_x * global_w) / 4. Else factor is a power of two,
+      // undone first: folded into global it could take that below the normal numbers.
+      const __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(out + t * kPanelRows), _mm512_set1_ps(a4 ? 4.0f : factor));
+      const float alpha = a4 ? factor * global * 0.25f : global;
       _mm512_storeu_ps(out + t * kPanelRows, _mm512_mul_ps(sum, _mm512_set1_ps(alpha)));
     }
   }

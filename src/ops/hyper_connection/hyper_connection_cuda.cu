@@ -16,6 +16,7 @@
 //
 // Waits on these mbarriers have CTA scope. The memory model asks for cluster scope, which on the hardware adds an invalidation of L1 (seen in
 // the machine code, and in time: spilled registers live there) and nothing for shared memory.
+#include <atomic>
 #include <cmath>
 
 #include "gpu/launch.h"
@@ -614,23 +615,24 @@ __global__ void __launch_bounds__(T::kThreads, 1) boundary_kernel(const HcBounda
 // Clusters of this size that the device can hold at once.
 template <class T>
 int max_active_clusters(uint32_t cluster) {
-  static const bool prepared = [] {
+  constexpr int kDevices = 16;  // of a process; attributes and occupancy belong to one
+  static std::atomic<int> known[kDevices][kMaxCluster + 1];  // clusters + 1
+  int device = 0;
+  DSV4_CUDA(cudaGetDevice(&device));
+  int clusters = device < kDevices ? known[device][cluster].load() - 1 : -1;
+  if (clusters < 0) {
     gpu::allow_smem(boundary_kernel<T>, sizeof(typename T::SharedStorage));
     gpu::allow_large_cluster(boundary_kernel<T>);
-    return true;
-  }();
-  (void)prepared;
-  static int known[kMaxCluster + 1] = {};
-  if (known[cluster] == 0) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = cluster, config.blockDim = T::kThreads, config.dynamicSmemBytes = sizeof(typename T::SharedStorage);
     config.attrs = &attribute, config.numAttrs = 1;
-    DSV4_CUDA(cudaOccupancyMaxActiveClusters(&known[cluster], boundary_kernel<T>, &config));
+    DSV4_CUDA(cudaOccupancyMaxActiveClusters(&clusters, boundary_kernel<T>, &config));
+    if (device < kDevices) known[device][cluster] = clusters + 1;
   }
-  return known[cluster];
+  return clusters;
 }
 
 template <class T>

@@ -55,7 +55,7 @@ struct TiledTraits {
 };
 
 // Weights of the blocks that the last stage of a task lacks.
-static __device__ const uint8_t kZeroBlock[kMoeBlockBytes] = {};
+alignas(128) static __device__ const uint8_t kZeroBlock[kMoeBlockBytes] = {};  // the copy engine wants 16
 
 template <int kStages>
 struct TiledRing {
