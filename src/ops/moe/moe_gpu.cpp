@@ -94,9 +94,11 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
                    static_cast<long long>(args.num_tokens));
   DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16, "a4 runs in the tiled tier only (%d)",
                    static_cast<int>(args.act));
-  DSV4_GPU_REQUIRE("moe", args.num_tokens * args.shape.num_topk <= moe_tier_max_slots(plan.tier), "%lld tokens, too many for tier %d",
-                   static_cast<long long>(args.num_tokens), static_cast<int>(plan.tier));
-  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "the shared expert given twice, as weights and as output%s", "");
+  DSV4_GPU_REQUIRE("moe", args.num_tokens * args.shape.num_topk <= moe_tier_max_slots(plan.tier), "num_tokens * num_topk = %lld, expected at most %lld in the plan's tier (%s)",
+                   static_cast<long long>(args.num_tokens * args.shape.num_topk), static_cast<long long>(moe_tier_max_slots(plan.tier)),
+                   plan.workload);
+  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "expected the shared expert as weights (inter = %d) or as shared_y, found both",
+                   args.shared.inter);
   MoeGpuArgs routed = args;
   if (args.shared.fc1) {
     bf16* shared_y = at<bf16>(args, layout.shared_y);

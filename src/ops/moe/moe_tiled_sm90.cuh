@@ -1,10 +1,11 @@
 // Tiled tier of the MoE layer on Hopper: fc1 with SwiGLU and fc2 over sorted token rows, one persistent launch.
 //
-// Task = 256 weight rows (4 strips) x one tile of up to 128 token rows of one expert; tickets are drawn from a global counter,
+// Task = 256 weight rows (4 strips) x one tile of up to 120 token rows of one expert; tiles stand in three lists by size (moe_sm90.h), worked
+// through one after the other, each with its own division of shared memory. Tickets of a list are drawn from a global counter,
 // all of fc1 first, then fc2, which waits for the tile_done counter of its rows: tickets are handed out in order, so what a
 // CTA waits for is always held by a running CTA. Warps: four math warpgroups with one strip each, a warp that draws tickets
-// and copies weights (never waiting for fc1), and one that copies token rows. Weights are decoded in registers and used as the
-// register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8; no decoded weight is ever stored.
+// and copies weights (never waiting for fc1), another for weights, and two that copy token rows. Weights are decoded in registers and used as the
+// register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8, or, to 16 rows, of mma.sync; no decoded weight is ever stored.
 #pragma once
 
 #include "gpu/ptx/copy.cuh"
@@ -295,6 +296,11 @@ struct TiledCodes {  // a thread's share of a 64x64 block
   uint4 words;
   uint32_t sf_low, sf_high;
 };
+__device__ __forceinline__ void fetch_codes(TiledCodes& codes, uint32_t codes_at, uint32_t scales_at, uint32_t block) {
+  load_shared_16(codes.words, codes_at + block);
+  codes.sf_low = load_shared_u8(scales_at + block);
+  codes.sf_high = load_shared_u8(scales_at + block + 1);
+}
 
 // Sums of 64 weight rows times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
@@ -309,10 +315,7 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, typen
   TiledCodes codes[2];  // of the stage's two blocks; the next stage's first is fetched while the last one's products run
   int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
   const auto fetch = [&](int k) {
-    const uint32_t block = at.stage * T::kWeightBytes + k * kMoeBlockBytes;
-    load_shared_16(codes[k].words, codes_at + block);
-    codes[k].sf_low = load_shared_u8(scales_at + block);
-    codes[k].sf_high = load_shared_u8(scales_at + block + 1);
+    fetch_codes(codes[k], codes_at, scales_at, at.stage * T::kWeightBytes + k * kMoeBlockBytes);
   };
   const auto wait_stage = [&] {
     spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
@@ -370,22 +373,15 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, typenam
   const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
   const uint32_t pitch = task.padded * 128;  // from one block of token rows to the next
   const uint32_t rows_at = ptx::smem_address(shared.rows) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
-  struct Codes {
-    uint4 words;
-    uint32_t sf_low, sf_high;
-  };
 #pragma unroll 1
   for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
     const uint32_t stage = at.stage * T::kWeightBytes;
     uint32_t rows = rows_at + at.stage * T::kRowBytes;
     spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
-    Codes codes[2];
+    TiledCodes codes[2];
     uint32_t b[2][kN / 8][8];
     const auto fetch = [&](int k) {
-      Codes& c = codes[k % 2];
-      load_shared_16(c.words, codes_at + stage + k * kMoeBlockBytes);
-      c.sf_low = load_shared_u8(scales_at + stage + k * kMoeBlockBytes);
-      c.sf_high = load_shared_u8(scales_at + stage + k * kMoeBlockBytes + 1);
+      fetch_codes(codes[k % 2], codes_at, scales_at, stage + k * kMoeBlockBytes);
 #pragma unroll
       for (int tile = 0; tile < kN / 8; ++tile) {
         load_matrix_x4(b[k % 2][tile], rows + tile * 1024);
@@ -397,7 +393,7 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, typenam
 #pragma unroll
     for (int k = 0; k < T::kStageBlocks; ++k) {
       if (k + 1 < T::kStageBlocks) fetch(k + 1);
-      const Codes& c = codes[k % 2];
+      const TiledCodes& c = codes[k % 2];
       const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
