@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: parity tests, compute-sanitizer, benches; a short table last.
 #
-#   scripts/gpu_check.sh [--bin DIR] [--no-tests] [--no-sanitize] [--no-bench] [--quick] [--only NAME]
+#   scripts/gpu_check.sh [--bin DIR] [--no-tests] [--no-sanitize] [--no-bench] [--quick] [--only NAME] [--jobs N]
 #
 # --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib); without it they are built in build/gpu for this machine's card
 #             (needs cmake, nvcc and the packages of cmake/Dsv4Dependencies.cmake; says what is missing before it builds anything)
 # --only NAME build and run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME, where they exist
+# --jobs N    sanitizer runs at a time (half the processors: they are bound by the host); tests and benches have the card to themselves
+# A wheel DIR/dsv4-*.whl (docs/python.md), if this machine's Python takes it, is installed into a folder of its own and tested with PyTorch.
 # Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else docs/results/; gpu_check.json has the
 # date, the card and what passed; each bench's JSON has the ceilings of its run (copy, read; the MoE bench also BF16 8192^3 by cuBLASLt).
 # Sanitizers (memcheck, racecheck, initcheck) run the small cases: the gtest filter in tests/gpu/<binary>.sanitize (or beside the
 # binary), or every test but those named *Exhaustive* when there is none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-bin= tests=1 sanitize=1 bench=1 quick= only=
+bin= tests=1 sanitize=1 bench=1 quick= only= jobs=$((($(nproc) + 1) / 2))
 while [ $# -gt 0 ]; do
   case $1 in
     --bin) bin=$2; shift ;;
@@ -21,6 +23,7 @@ while [ $# -gt 0 ]; do
     --no-bench) bench= ;;
     --quick) quick=--quick ;;
     --only) only=$2; shift ;;
+    --jobs) jobs=$2; shift ;;
     *) echo "unknown argument $1" >&2; exit 2 ;;
   esac
   shift
@@ -61,22 +64,32 @@ mkdir -p "$out"
 
 failed=0
 summary=() steps=()
-run() {  # run NAME COMMAND...: its log, one summary line, the exit status counted
-  local name=$1 log start status
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+log_of() { echo "$out/$(echo "$1" | tr ' ' '_').log"; }
+start() {  # start NAME COMMAND...: its log; status and seconds in $scratch
+  local name=$1 begin=$SECONDS
   shift
-  log=$out/$(echo "$name" | tr ' ' '_').log
-  start=$SECONDS
-  "$@" >"$log" 2>&1
-  status=$?
-  if [ $status -eq 0 ]; then
-    summary+=("ok    $name ($((SECONDS - start)) s) $(grep -aE '^\[  (PASSED|SKIPPED) ' "$log" | head -2 | tr '\n' ' ')")
-    steps+=("{\"step\": \"$name\", \"ok\": true, \"seconds\": $((SECONDS - start))}")
+  "$@" >"$(log_of "$name")" 2>&1
+  echo "$? $((SECONDS - begin))" >"$scratch/$name"
+}
+finish() {  # finish NAME: one summary line, the exit status counted
+  local name=$1 log status seconds
+  log=$(log_of "$name")
+  read -r status seconds <"$scratch/$name"
+  if [ "$status" -eq 0 ]; then
+    summary+=("ok    $name ($seconds s) $(grep -aE '^\[  (PASSED|SKIPPED) ' "$log" | head -2 | tr '\n' ' ')")
+    steps+=("{\"step\": \"$name\", \"ok\": true, \"seconds\": $seconds}")
   else
     summary+=("FAIL  $name: exit $status, $log")
-    steps+=("{\"step\": \"$name\", \"ok\": false, \"seconds\": $((SECONDS - start))}")
+    steps+=("{\"step\": \"$name\", \"ok\": false, \"seconds\": $seconds}")
     failed=1
     grep -aE 'Failure|FAILED|ERROR|Error|error|differ' "$log" | head -15
   fi
+}
+run() {
+  start "$@"
+  finish "$1"
 }
 
 shopt -s nullglob
@@ -85,8 +98,21 @@ if [ -n "$tests" ]; then
     [ -x "$test" ] && [[ $test != *.sanitize ]] && run "$(basename "$test")" "$test" --gtest_brief=1
   done
 fi
+wheels=("$bin"/dsv4-*.whl)
+if [ -n "$tests" ] && [ ${#wheels[@]} -gt 0 ] && [ -z "$only" ]; then
+  if python3 -m pip install -q --no-index --no-deps --target "$scratch/site" "${wheels[@]}" >"$out/python.log" 2>&1; then
+    PYTHONPATH=$scratch/site run "python with torch" python3 -m pytest -q -rs -p no:cacheprovider "$root/tests/python/test_torch.py"
+    tail -3 "$(log_of "python with torch")"
+  else
+    summary+=("FAIL  python: the wheel does not install, $out/python.log")
+    failed=1
+  fi
+elif [ -n "$tests" ] && [ -z "$only" ]; then
+  summary+=("----  no wheel in $bin: Python not run")
+fi
 if [ -n "$sanitize" ]; then
   if command -v compute-sanitizer >/dev/null; then
+    names=()
     for test in "$bin"/dsv4_tests_gpu_${only:-*}; do
       [ -x "$test" ] && [[ $test != *.sanitize ]] || continue
       filter='-*Exhaustive*'
@@ -94,9 +120,14 @@ if [ -n "$sanitize" ]; then
         [ -f "$list" ] && filter=$(cat "$list")
       done
       for tool in memcheck racecheck initcheck; do
-        run "$tool $(basename "$test")" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 --gtest_filter="$filter"
+        name="$tool $(basename "$test")"
+        names+=("$name")
+        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+        start "$name" timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 --gtest_filter="$filter" &
       done
     done
+    wait
+    for name in "${names[@]}"; do finish "$name"; done
   else
     summary+=("----  compute-sanitizer is not installed: not run")
   fi
