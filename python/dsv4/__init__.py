@@ -1,7 +1,8 @@
 """NVFP4 quantisers and dequantisers of dsv4.cpp on any array that exports DLPack: numpy, PyTorch, CuPy, JAX.
 
 CPU arrays run the CPU reference; CUDA arrays run the kernels, in builds that have them (``has_cuda``), queued on ``stream``
-(a CUstream as an integer; default: the current stream of PyTorch or CuPy, else stream 0). Both give the same bytes.
+(a CUstream as an integer; default: the current stream of PyTorch or CuPy, else stream 0). Both give the same bytes, but for
+``compress_quantize``, whose kernel sums a window's softmax in another order (a value may round to the neighbouring bfloat16).
 
 Representation. x ~ e2m1 * sf * global, one sf for 16 consecutive elements of a row:
   codes   uint8 [rows, cols / 2]    element 2j in the low nibble of byte j, 2j + 1 in the high one
