@@ -32,6 +32,7 @@ CudaError::CudaError(cudaError_t code, const std::string& message)
     : Error(kind_of(code), fmt::format("{}: {} ({})", message, cudaGetErrorString(code), cudaGetErrorName(code))), code_(code) {}
 
 void throw_cuda_error(cudaError_t code, const char* call, const char* file, int line) {
+  cudaGetLastError();  // told now: the next check_launch must not tell it again, of a launch that worked
   throw CudaError(code, fmt::format("{}:{}: {}", file, line, call));
 }
 
