@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks that a folder of src/ includes only folders it may see (docs/architecture.md), and that headers are found there.
+"""Checks that a folder of src/ includes only folders it may see (docs/architecture.md).
 
 Run from anywhere; prints each violation as file:line and exits 1 if there is one.
 """
@@ -13,13 +13,11 @@ MAY_INCLUDE = {
     "codec": ["base"],
     "tensor": ["base", "codec"],
     "gpu": ["base", "codec", "tensor"],
-    "comm": ["base", "tensor", "gpu"],
-    "ops": ["base", "codec", "tensor", "gpu", "comm"],
+    "ops": ["base", "codec", "tensor", "gpu"],
     "cache": ["base", "codec", "tensor", "gpu", "ops"],
     "checkpoint": ["base", "codec", "tensor"],
-    "model": ["base", "codec", "tensor", "gpu", "comm", "ops", "cache", "checkpoint"],
-    "engine": ["base", "codec", "text", "tensor", "gpu", "comm", "ops", "cache", "checkpoint", "model", "dsv4"],
-    "server": ["base", "text", "engine"],
+    "model": ["base", "codec", "tensor", "gpu", "ops", "cache", "checkpoint"],
+    "engine": ["base", "codec", "text", "tensor", "gpu", "ops", "cache", "checkpoint", "model", "dsv4"],
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)/')
 SUFFIXES = {".h", ".cpp", ".inl", ".cu", ".cuh"}

@@ -1,6 +1,6 @@
 // Errors: one exception type that carries what happened and the process exit code it maps to.
 //
-// Everything below apps/ and server/ throws dsv4::Error and never prints or exits. Messages are lower case, without a
+// Everything below apps/ throws dsv4::Error and never prints or exits. Messages are lower case, without a
 // full stop, and carry the numbers: what was expected, what was found, and where (file, tensor, key).
 #pragma once
 

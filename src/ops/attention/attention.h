@@ -6,6 +6,8 @@
 // One softmax over the union, binary32: s_j = scale * q.k_j; weights exp(s_j - M); the sink logit joins the denominator only.
 // out is not rounded here (inverse RoPE follows). lse = natural log of the denominator without the sink; -inf never occurs,
 // because a token sees itself.
+// Throws for a window of too little capacity for the chunk and for fewer compressed rows than it may see; pointers and the ids in
+// selected are not checked.
 #pragma once
 
 #include <cstdint>

@@ -6,6 +6,7 @@
 // State rows: overlap: [0, ratio) previous window, [ratio, 2 ratio) current; else [0, ratio) current. Gates are stored with
 // the position bias added. Initial state: values 0, gates -inf.
 // Then: (round to bf16,) RMSNorm, (round,) RoPE at position window * ratio, (round): rounding outside exact mode.
+// compress throws for a rope_dim above 1024 or above dim; pointers are not checked.
 #pragma once
 
 #include <cstdint>

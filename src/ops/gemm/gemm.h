@@ -7,6 +7,8 @@
 // largest |x|) and, with BF16 weights, subnormal operands; and values of x that are no bf16 values as if cut to bf16.
 // NaN scale factors and FP8 NaN codes are no valid weights: the result is then unspecified (the loader refuses them).
 // round_output: each y is rounded to bf16 once, at the end (the model's linears outside exact mode).
+// Throws for null pointers, negative sizes, strides below a row, a format without its scales, x_to_nvfp4 without an NVFP4 weight and
+// an instruction set this machine lacks; how much memory the pointers hold is not checked.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@
 //   head: w_k = sigmoid(m_k scale0 + base_k) + hc_eps; y = sum_k w_k X_k
 // Mixing parameters and results are binary32; y and X' are rounded to bf16 outside exact mode.
 // Sinkhorn: row softmax, + eps, column division; then (iters - 1) times row then column division, sums + eps.
+// hc_pre and hc_head throw for num_hc outside 1..kMaxHcStreams, hc_post and hc_split check nothing; pointers are not checked.
 #pragma once
 
 #include <cstdint>

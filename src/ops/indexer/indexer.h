@@ -6,6 +6,7 @@
 //
 // q and keys have taken the same round trip (index_round_trip): RoPE is applied before by the caller; with fp8 and fp4 keys
 // both sides are rotated by the Hadamard matrix first, as the model was trained.
+// Throws for fewer keys than the chunk may see, index_round_trip for keys of more than 4096 bytes; pointers are not checked.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
 // rms_norm: y = w * (x * rsqrt(mean(x^2) + eps)), binary32 inside, one rounding to bf16 at the end if asked. Spec 1.5.
+// Checks nothing: pointers and strides are the caller's.
 #pragma once
 
 #include <cstdint>

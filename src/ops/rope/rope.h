@@ -2,6 +2,7 @@
 //
 // Forward: e' = e cos a - o sin a, o' = e sin a + o cos a with a = position * freq_i, the product in binary32 as the model's
 // table. Inverse: -a. cos and sin are not scaled (no YaRN attention factor).
+// Checks nothing: pointers and an even rope_dim are the caller's.
 #pragma once
 
 #include <cstdint>

@@ -4,6 +4,7 @@
 //   score-routed layers: the num_topk largest s + bias (ties: lowest expert id); hash layers: table[token id]
 //   weight = s / sum of chosen s * routed_scaling_factor     (without bias; plain s * factor if norm_topk_prob is off)
 // Ids come out ascending, so that sums over experts have one order.
+// Throws for num_topk outside 1..num_experts; pointers, token ids and the ids in hash_table are not checked, logits may not be NaN.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
 // sampling: one token id from logits. Greedy at temperature 0 (ties: lowest id); otherwise temperature, then top-k, top-p and
 // min-p on the probabilities, then one draw. Same seed, same draws, on every platform.
+// sample throws for an empty span, argmax of one is 0; logits are not checked: none may be NaN and one must be finite.
 #pragma once
 
 #include <cstdint>
