@@ -7,15 +7,17 @@
 #             (needs cmake, nvcc and the packages of cmake/Dsv4Dependencies.cmake; says what is missing before it builds anything)
 # --only NAME build and run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME, where they exist
 # --jobs N    sanitizer runs at a time (half the processors: they are bound by the host); tests and benches have the card to themselves
-# A wheel DIR/dsv4-*.whl (docs/python.md), if this machine's Python takes it, is installed into a folder of its own and tested with PyTorch.
-# Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else docs/results/; gpu_check.json has the
-# date, the card and what passed; each bench's JSON has the ceilings of its run (copy, read; the MoE bench also BF16 8192^3 by cuBLASLt).
+# The wheel DIR/dsv4-*.whl (docs/python.md) that fits this machine's python3 is installed into a folder of its own and tested with PyTorch.
+# Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else to docs/results/ and build/gpu/logs/;
+# gpu_check.json has the date, the card and what passed; each bench's JSON has the ceilings of its run (copy, read; the MoE bench also
+# BF16 8192^3 by cuBLASLt). A step in which no test passed, or one was skipped for want of a GPU or of kernels for it, has failed.
 # Sanitizers (memcheck, racecheck, initcheck) run the small cases: the gtest filter in tests/gpu/<binary>.sanitize (or beside the
 # binary), or every test but those named *Exhaustive* when there is none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-bin= tests=1 sanitize=1 bench=1 quick= only= jobs=$((($(nproc) + 1) / 2))
+bin='' tests=1 sanitize=1 bench=1 quick='' only='' jobs=$((($(nproc) + 1) / 2))
 while [ $# -gt 0 ]; do
+  case $1 in --bin | --only | --jobs) [ -n "${2-}" ] || { echo "$1 needs a value" >&2; exit 2; } ;; esac
   case $1 in
     --bin) bin=$2; shift ;;
     --no-tests) tests= ;;
@@ -28,10 +30,11 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "--jobs $jobs: expected a positive number" >&2; exit 2; }
 if [ -z "$bin" ]; then
   bin=$root/build/gpu/bin
   missing=()
-  for tool in cmake nvcc c++; do command -v $tool >/dev/null || missing+=("$tool"); done
+  for tool in cmake nvcc c++ pkg-config; do command -v $tool >/dev/null || missing+=("$tool"); done
   if command -v c++ >/dev/null; then
     while read -r header package; do
       echo "#include <$header>" | c++ -x c++ -std=c++20 -DPCRE2_CODE_UNIT_WIDTH=8 -E - >/dev/null 2>&1 || missing+=("$header ($package)")
@@ -58,31 +61,40 @@ if ! compgen -G "$bin/dsv4_tests_gpu_${only:-*}" >/dev/null && ! compgen -G "$bi
   echo "$bin: expected dsv4_tests_gpu_${only:-*} or dsv4_bench_gpu_${only:-*}, found neither" >&2
   exit 2
 fi
-out=${OUT:-$root/docs/results}
-mkdir -p "$out"
+out=${OUT:-$root/docs/results} logs=${OUT:-$root/build/gpu/logs}
+mkdir -p "$out" "$logs"
 [ -d "$bin/lib" ] && export LD_LIBRARY_PATH="$bin/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 
 failed=0
 summary=() steps=()
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-log_of() { echo "$out/$(echo "$1" | tr ' ' '_').log"; }
+log_of() { echo "$logs/$(echo "$1" | tr ' ' '_').log"; }
 start() {  # start NAME COMMAND...: its log; status and seconds in $scratch
   local name=$1 begin=$SECONDS
   shift
   "$@" >"$(log_of "$name")" 2>&1
   echo "$? $((SECONDS - begin))" >"$scratch/$name"
 }
-finish() {  # finish NAME: one summary line, the exit status counted
-  local name=$1 log status seconds
+count() { grep -aoE "$1" "$2" | tail -1 | grep -oE '[0-9]+'; }  # count PATTERN LOG: the number in its last match
+finish() {  # finish NAME: one summary line; fails on the exit status and when nothing was tested
+  local name=$1 log status seconds why='' passed skipped counts=''
   log=$(log_of "$name")
   read -r status seconds <"$scratch/$name"
-  if [ "$status" -eq 0 ]; then
-    summary+=("ok    $name ($seconds s) $(grep -aE '^\[  (PASSED|SKIPPED) ' "$log" | head -2 | tr '\n' ' ')")
-    steps+=("{\"step\": \"$name\", \"ok\": true, \"seconds\": $seconds}")
+  [ "$status" -eq 0 ] || why="exit $status"
+  if [[ $name != dsv4_bench_* && $name != "python wheel" ]]; then
+    passed=$(count '^\[  PASSED  \] [0-9]+ test|[0-9]+ passed' "$log")
+    skipped=$(count '^\[  SKIPPED \] [0-9]+ test|[0-9]+ skipped' "$log")
+    counts=", \"passed\": ${passed:=0}, \"skipped\": ${skipped:=0}"
+    [ "$passed" -gt 0 ] || why=${why:-no test passed}
+    ! grep -qaE '^no (GPU: |kernels for )' "$log" || why=${why:-$(grep -aE '^no (GPU: |kernels for )' "$log" | head -1)}
+  fi
+  if [ -z "$why" ]; then
+    summary+=("ok    $name ($seconds s)${passed:+ $passed passed, $skipped skipped}")
+    steps+=("{\"step\": \"$name\", \"ok\": true, \"seconds\": $seconds$counts}")
   else
-    summary+=("FAIL  $name: exit $status, $log")
-    steps+=("{\"step\": \"$name\", \"ok\": false, \"seconds\": $seconds}")
+    summary+=("FAIL  $name: $why, $log")
+    steps+=("{\"step\": \"$name\", \"ok\": false, \"seconds\": $seconds$counts}")
     failed=1
     grep -aE 'Failure|FAILED|ERROR|Error|error|differ' "$log" | head -15
   fi
@@ -98,23 +110,24 @@ if [ -n "$tests" ]; then
     [ -x "$test" ] && [[ $test != *.sanitize ]] && run "$(basename "$test")" "$test" --gtest_brief=1
   done
 fi
-wheels=("$bin"/dsv4-*.whl)
-if [ -n "$tests" ] && [ ${#wheels[@]} -gt 0 ] && [ -z "$only" ]; then
-  if python3 -m pip install -q --no-index --no-deps --target "$scratch/site" "${wheels[@]}" >"$out/python.log" 2>&1; then
-    PYTHONPATH=$scratch/site run "python with torch" python3 -m pytest -q -rs -p no:cacheprovider "$root/tests/python/test_torch.py"
-    tail -3 "$(log_of "python with torch")"
+if [ -n "$tests" ] && [ -z "$only" ]; then
+  tag=$(python3 -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null)
+  wheels=("$bin"/dsv4-*.whl) fitting=("$bin"/dsv4-*-"${tag:-no-python}"-*.whl)
+  if [ ${#fitting[@]} -gt 0 ]; then
+    run "python wheel" python3 -m pip install -q --no-index --no-deps --target "$scratch/site" "${fitting[-1]}"
+    if [ -d "$scratch/site/dsv4" ]; then
+      PYTHONPATH=$scratch/site run "python with torch" python3 -m pytest -q -rs -p no:cacheprovider "$root/tests/python/test_torch.py"
+      tail -3 "$(log_of "python with torch")"
+    fi
   else
-    summary+=("FAIL  python: the wheel does not install, $out/python.log")
-    failed=1
+    summary+=("----  of ${#wheels[@]} wheel(s) in $bin none is for this python3 (${tag:-there is none}): Python not run")
   fi
-elif [ -n "$tests" ] && [ -z "$only" ]; then
-  summary+=("----  no wheel in $bin: Python not run")
 fi
 if [ -n "$sanitize" ]; then
   if command -v compute-sanitizer >/dev/null; then
     names=()
     for test in "$bin"/dsv4_tests_gpu_${only:-*}; do
-      [ -x "$test" ] && [[ $test != *.sanitize ]] || continue
+      if ! [ -x "$test" ] || [[ $test == *.sanitize ]]; then continue; fi
       filter='-*Exhaustive*'
       for list in "$root/tests/gpu/$(basename "$test").sanitize" "$test.sanitize"; do
         [ -f "$list" ] && filter=$(cat "$list")
@@ -136,7 +149,7 @@ if [ -n "$bench" ]; then
   for binary in "$bin"/dsv4_bench_gpu_${only:-*}; do
     [ -x "$binary" ] || continue
     run "$(basename "$binary")" "$binary" $quick --json "$out/$(basename "$binary").json"
-    cat "$out/$(basename "$binary").log"
+    cat "$(log_of "$(basename "$binary")")"
   done
 fi
 {
