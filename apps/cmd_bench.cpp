@@ -119,6 +119,12 @@ void run_cuda(const BenchFlags& flags, bool rows_given) {
 #endif
 }
 
+std::string benchmark_names() {
+  std::string names = "all, model";
+  for (const bench::BenchOp& op : bench::bench_ops()) names += std::string(", ") + op.name;
+  return names;
+}
+
 void run_bench(const BenchFlags& flags, bool quiet) {
   ThreadPool pool(flags.threads, flags.pin);
   const CpuContext context{pool, parse_isa(flags.isa)};
@@ -126,7 +132,7 @@ void run_bench(const BenchFlags& flags, bool quiet) {
   if (flags.op == "model") return run_model(flags, context, quiet);
   bool known = flags.op == "all";
   for (const bench::BenchOp& op : bench::bench_ops()) known = known || flags.op == op.name;
-  if (!known) throw_usage("no benchmark named {}", flags.op);
+  if (!known) throw_usage("no benchmark named {}, expected one of {}", flags.op, benchmark_names());
 
   const bench::Ceilings ceilings = bench::measure_ceilings(context);
   Json results = Json::array();
@@ -151,9 +157,7 @@ void run_bench(const BenchFlags& flags, bool quiet) {
 void register_bench(CLI::App& app, GlobalOptions& global) {
   auto flags = std::make_shared<BenchFlags>();
   CLI::App* command = app.add_subcommand("bench", "time every op and set it against this machine's ceilings");
-  std::string names = "all, model";
-  for (const bench::BenchOp& op : bench::bench_ops()) names += std::string(", ") + op.name;
-  command->add_option("op", flags->op, names)->capture_default_str();
+  command->add_option("op", flags->op, benchmark_names())->capture_default_str();
   command->add_option("--shape", flags->options.shape, "dimensions of which model: flash, pro, demo")->capture_default_str();
   CLI::Option* rows = command->add_option("--rows", flags->options.rows, "rows of activations")->delimiter(',')->check(CLI::Range(1, 65536));
   command->add_option("--threads", flags->threads, "0: one per CPU")->check(CLI::Range(0, 4096))->capture_default_str();

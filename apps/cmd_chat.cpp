@@ -45,6 +45,9 @@ class Chat {
         styled_(::isatty(STDOUT_FILENO)) {
     chat_options_.mode = options.think ? ThinkingMode::kThinking : ThinkingMode::kChat;
     chat_options_.reasoning_effort = options.effort;
+    // The next turn replaces the prompt's last token (<think> becomes </think> once the reasoning is dropped): the state in front
+    // of it is what that turn goes on from.
+    generate_options_.mark_before_last = true;
     reset();
   }
 
@@ -91,9 +94,6 @@ class Chat {
       line.finish();
       show(piece);
     };
-    // The next turn replaces the prompt's last token (<think> becomes </think> once the reasoning is dropped): remember
-    // the state in front of it.
-    if (prompt.size() > 1 && session_.sync(std::span(prompt).first(prompt.size() - 1))) session_.mark();
     shown_reasoning_ = chat_options_.mode != ThinkingMode::kThinking;
     if (!shown_reasoning_ && styled_) std::fputs("\x1b[2m", stdout);
     last_ = generate(engine_, session_, prompt, generate_options_, callbacks);
@@ -143,7 +143,7 @@ class Chat {
 
 void run(const Options& options, GlobalOptions& global) {
   install_interrupt_handler();
-  const auto engine = open_engine(options.model);
+  const auto engine = open_engine(options.model, global);
   Chat chat(*engine, options, global.quiet);
   const bool terminal = ::isatty(STDIN_FILENO);
   if (terminal && !global.quiet) std::fputs("Type a message; /help lists the commands.\n", stderr);

@@ -14,6 +14,9 @@
 #include "base/threads.h"
 #include "commands.h"
 #include "ops/cpu_context.h"
+#if defined(DSV4_WITH_CUDA)
+#include "gpu/device.h"
+#endif
 
 namespace dsv4::app {
 namespace {
@@ -21,7 +24,6 @@ namespace {
 struct CpuFeature {
   const char* name;
   bool present;
-  const char* used_for;
 };
 
 struct CpuidLeaf {
@@ -37,19 +39,20 @@ CpuidLeaf cpuid(unsigned leaf, unsigned subleaf) {
 std::vector<CpuFeature> cpu_features() {
   const CpuidLeaf l1 = cpuid(1, 0), l7 = cpuid(7, 0), l7b = cpuid(7, 1);
   const auto bit = [](unsigned word, int n) { return (word >> n & 1u) != 0; };
-  return {{"avx2", bit(l7.b, 5), "every vector kernel"},
-          {"fma", bit(l1.c, 12), "binary32 products"},
-          {"f16c", bit(l1.c, 29), "scale factors"},
-          {"avx512f", bit(l7.b, 16), "16 lanes"},
-          {"avx512bw", bit(l7.b, 30), "code look-up"},
-          {"avx512vl", bit(l7.b, 31), "conversions"},
-          {"avx512dq", bit(l7.b, 17), ""},
-          {"avx512_vnni", bit(l7.c, 11), "nvfp4 activations (a4)"},
-          {"avx512_vbmi", bit(l7.c, 1), ""},
-          {"avx512_bf16", bit(l7b.a, 5), ""},
-          {"amx_tile", bit(l7.d, 24), ""},
-          {"amx_bf16", bit(l7.d, 22), ""},
-          {"amx_int8", bit(l7.d, 25), ""}};
+  return {{"avx2", bit(l7.b, 5)},
+          {"fma", bit(l1.c, 12)},
+          {"f16c", bit(l1.c, 29)},
+          {"avx512f", bit(l7.b, 16)},
+          {"avx512bw", bit(l7.b, 30)},
+          {"avx512vl", bit(l7.b, 31)},
+          {"avx512dq", bit(l7.b, 17)},
+          {"avx512_vnni", bit(l7.c, 11)},
+          {"avx512_vbmi", bit(l7.c, 1)},
+          {"avx512_bf16", bit(l7b.a, 5)},
+          {"avx512_fp16", bit(l7.d, 23)},
+          {"amx_tile", bit(l7.d, 24)},
+          {"amx_bf16", bit(l7.d, 22)},
+          {"amx_int8", bit(l7.d, 25)}};
 }
 
 std::string cpu_model_name() {
@@ -145,10 +148,25 @@ std::vector<OpChoice> op_choices(CpuIsa isa) {
   const std::string why = isa == CpuIsa::kAvx2 ? "AVX2 and FMA present, AVX-512 (F, BW, VL, DQ, VNNI, VBMI, BF16) not complete"
                                                : "AVX-512 complete";
   const std::string a4 = isa == CpuIsa::kAvx2 ? "int8 products by maddubs" : "int8 products by VNNI";
-  return {{"gemm, moe (a16, exact)", vec, why + "; binary32 products of exactly decoded weights"},
-          {"gemm, moe (a4)", vec, a4 + ", bit for bit the reference"},
-          {"attention, indexer, compressor, norm, rope, router, hyper_connection", vec, why}};
+  const std::string f32 = "binary32 products of exactly decoded weights";
+  const OpChoice others{"attention, indexer, compressor, norm, rope, router, hyper_connection", vec, why};
+  if (isa == CpuIsa::kAmx)
+    return {{"gemm, moe (a16)", "amx", "AMX complete; bf16 tiles of exactly decoded weights (avx512 where weights are F32)"},
+            {"gemm, moe (a4)", "amx", "the same tiles (with few rows avx512, " + a4 + "), bit for bit the reference"},
+            {"gemm, moe (exact)", vec, f32},
+            others};
+  const std::string no_amx = isa == CpuIsa::kAvx512 ? ", AMX (TILE, BF16, INT8, AVX512_FP16) not complete or not permitted" : "";
+  return {{"gemm, moe (a16, exact)", vec, why + no_amx + "; " + f32}, {"gemm, moe (a4)", vec, a4 + ", bit for bit the reference"}, others};
 }
+
+#if defined(DSV4_WITH_CUDA)
+// The MoE layer is written for Hopper alone; the other kernels are compiled for DSV4_CUDA_ARCHS.
+const char* cuda_kernels(int major, int minor) {
+  const bool portable = gpu::has_kernels_for(major, minor), moe = major == 9 && minor == 0;
+  if (moe) return portable ? "portable kernels and the MoE layer" : "the MoE layer only";
+  return portable ? "portable kernels" : "none: this binary holds no machine code for it";
+}
+#endif
 
 std::string gibibytes(int64_t bytes) { return fmt::format("{:.1f} GiB", static_cast<double>(bytes) / (1ll << 30)); }
 
@@ -196,10 +214,7 @@ void print_report() {
 #if defined(DSV4_WITH_CUDA)
   std::printf("ops on cuda\n");
   for (const Gpu& g : gpus.gpus)
-    std::printf("         %s: %s\n", g.name.c_str(),
-                g.major == 9    ? "sm_90a kernels"
-                : g.major == 10 ? "sm_100a kernels"
-                                : "portable kernels only");
+    std::printf("         %s: %s\n", g.name.c_str(), cuda_kernels(g.major, g.minor));
 #else
   std::printf("ops on cuda: none, this build has no CUDA (DSV4_CUDA=OFF)\n");
 #endif

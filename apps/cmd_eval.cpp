@@ -35,10 +35,13 @@ std::function<bool(int64_t, int64_t)> progress_callback(ProgressLine& line) {
 
 void run_ppl(const PplOptions& options, GlobalOptions& global) {
   install_interrupt_handler();
-  const auto engine = open_engine(options.model);
+  const auto engine = open_engine(options.model, global);
   std::vector<TokenId> tokens{static_cast<TokenId>(engine->config().bos_token_id)};
   const auto text_tokens = engine->tokenizer().encode(read_text_file(options.text_path, 1ull << 30), /*parse_special=*/false);
   tokens.insert(tokens.end(), text_tokens.begin(), text_tokens.end());
+  if (std::ssize(tokens) <= options.ctx)
+    throw_bad_input("{}: text of {} tokens (BOS included) has no complete window of {} and its next token", options.text_path,
+                    tokens.size(), options.ctx);
   ProgressLine line(global.quiet);
   const PerplexityResult result = evaluate_perplexity(*engine, tokens, options.ctx, options.windows, progress_callback(line));
   line.finish();
@@ -67,7 +70,7 @@ void run_ppl(const PplOptions& options, GlobalOptions& global) {
 void run_logits(const LogitsOptions& options, GlobalOptions& global) {
   install_interrupt_handler();
   const std::vector<TokenId> tokens = read_token_file(options.tokens_path);
-  const auto engine = open_engine(options.model);
+  const auto engine = open_engine(options.model, global);
   ProgressLine line(global.quiet);
   const LogitsResult result = evaluate_logits(*engine, tokens, options.layers, progress_callback(line));
   line.finish();

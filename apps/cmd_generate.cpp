@@ -50,7 +50,7 @@ void print_json(const std::vector<TokenId>& prompt, const GenerateResult& result
 
 void run(const Options& options, GlobalOptions& global) {
   install_interrupt_handler();
-  const auto engine = open_engine(options.model);
+  const auto engine = open_engine(options.model, global);
   const std::vector<TokenId> prompt = prompt_ids(options, *engine);
   const GenerateOptions generate_options = to_generate_options(options.sampling, engine->checkpoint().generation_defaults());
   Session session(*engine);

@@ -27,6 +27,7 @@ void inspect_tokenizer(InspectReport& report) {
       report.problems.add(fmt::format("{}: vocabulary of {} ids, config.json says vocab_size {}", path, size,
                                       report.config.vocab_size));
   } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kBadInput) throw;
     report.problems.add(error.what());
   }
   report.usable = report.problems.empty();
@@ -34,7 +35,8 @@ void inspect_tokenizer(InspectReport& report) {
 
 void run_inspect(const InspectArguments& arguments, GlobalOptions& global) {
   InspectReport report = inspect_checkpoint(arguments.folder);
-  if (std::filesystem::is_directory(arguments.folder)) inspect_tokenizer(report);
+  std::error_code error;  // is in the report already
+  if (std::filesystem::is_directory(arguments.folder, error)) inspect_tokenizer(report);
   // Names in a broken file need not be UTF-8 once cut; the output always is.
   fmt::print("{}", arguments.json ? inspect_json(report).dump(2, ' ', false, Json::error_handler_t::replace) + "\n"
                                   : inspect_text(report));

@@ -3,16 +3,18 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <new>
 
 #include "base/check.h"
+#include "base/file.h"
 #include "base/log.h"
 #include "commands.h"
 
 namespace {
 
 constexpr const char* kExitCodes =
-    "exit codes: 0 done, 1 bad input, 2 wrong usage, 3 resource missing (memory, disk, device), 4 internal error, "
+    "exit codes: 0 done, 1 bad input, 2 wrong usage, 3 resource missing (memory, disk, permission, device), 4 internal error, "
     "130 interrupted";
 
 void install_stderr_log(const dsv4::app::GlobalOptions& options) {
@@ -77,6 +79,9 @@ int main(int argc, char** argv) {
   } catch (const dsv4::Error& error) {
     std::fprintf(stderr, "dsv4: error: %s\n", error.what());
     return error.exit_code();
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::fprintf(stderr, "dsv4: error: %s\n", error.what());
+    return static_cast<int>(dsv4::filesystem_error_kind(error.code()));
   } catch (const std::bad_alloc&) {
     std::fprintf(stderr, "dsv4: error: out of memory\n");
     return 3;

@@ -15,7 +15,7 @@ namespace dsv4::app {
 
 void add_model_options(CLI::App& command, ModelOptions& options) {
   command.add_option("-m,--model", options.folder, "checkpoint folder")->required();
-  command.add_option("--backend", options.backend, "cpu, cuda or auto (the best that can run this model)")
+  command.add_option("--backend", options.backend, "auto or cpu: the CPU; cuda: refused (exit 3), the model forward has no GPU path yet")
       ->check(CLI::IsMember({"cpu", "cuda", "auto"}))
       ->capture_default_str();
   command.add_option("--threads", options.num_threads, "CPU threads, 0: all this process may use")
@@ -45,7 +45,7 @@ void add_model_options(CLI::App& command, ModelOptions& options) {
       ->capture_default_str();
 }
 
-std::unique_ptr<Engine> open_engine(const ModelOptions& options) {
+std::unique_ptr<Engine> open_engine(const ModelOptions& options, const GlobalOptions& global) {
   if (options.backend == "cuda")
     throw_resource("--backend cuda: the model forward runs on the CPU in this version (its GPU kernels are separate ops)");
   EngineOptions engine;
@@ -61,7 +61,7 @@ std::unique_ptr<Engine> open_engine(const ModelOptions& options) {
   engine.pin_threads = options.pin;
   engine.max_chunk = options.max_chunk;
   engine.repack = options.repack == "on" ? Repack::kOn : options.repack == "off" ? Repack::kOff : Repack::kAuto;
-  ProgressLine line(/*quiet=*/false);
+  ProgressLine line(global.quiet);
   engine.repack_progress = [&line](int64_t done, int64_t total) {
     line.update(fmt::format("repacking weights {:.1f} / {:.1f} GB", static_cast<double>(done) / 1e9, static_cast<double>(total) / 1e9));
   };

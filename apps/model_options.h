@@ -26,7 +26,7 @@ struct ModelOptions {
 };
 
 void add_model_options(CLI::App& command, ModelOptions& options);
-std::unique_ptr<Engine> open_engine(const ModelOptions& options);
+std::unique_ptr<Engine> open_engine(const ModelOptions& options, const GlobalOptions& global);
 
 // Token ids from a file: safetensors with `input_ids`, or a JSON array, or numbers separated by white space.
 std::vector<TokenId> read_token_file(const std::string& path);

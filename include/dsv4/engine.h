@@ -4,8 +4,9 @@
 //   dsv4::Timeline timeline(model);
 //   std::string text = timeline.generate("It was late", {.max_tokens = 50}).text;
 //
-// Errors are std::runtime_error with a message that names file, tensor, expected and found. A model may be shared by several
-// timelines, but calls on one model must not overlap in time. Nothing prints; nothing exits.
+// Errors are std::runtime_error (or std::bad_alloc): those of open name file, tensor, expected and found, those of the other calls
+// what was given and what is taken. A moved-from object may only be destroyed. A model may be shared by several timelines, but calls
+// on one model must not overlap in time. Nothing prints; nothing exits.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@
 namespace dsv4 {
 
 struct ModelSettings {
-  bool exact = false;          // binary32 activations and caches; the next three are then ignored
+  bool exact = false;          // binary32 activations and caches, whatever the next three say
   std::string act = "a16";     // a16, a4
   std::string kv = "bf16";     // bf16, fp8, nvfp4
   std::string index = "bf16";  // bf16, fp8, fp4
@@ -51,6 +52,8 @@ struct Completion {
 
 class DSV4_API LanguageModel {
  public:
+  // Throws for a folder without a usable checkpoint and tokenizer, and for an act, kv or index that is none of those listed above,
+  // also when exact.
   static LanguageModel open(const std::string& folder, const ModelSettings& settings = {});
   ~LanguageModel();
   LanguageModel(LanguageModel&&) noexcept;
@@ -59,6 +62,7 @@ class DSV4_API LanguageModel {
   int32_t bos_token_id() const;
   // No BOS is added. parse_special: special tokens written in the text become their ids.
   std::vector<int32_t> encode(std::string_view text, bool parse_special = false) const;
+  // Throws for an id that is not in the tokenizer.
   std::string decode(std::span<const int32_t> ids) const;
 
  private:
@@ -74,13 +78,17 @@ class DSV4_API Timeline {
   ~Timeline();
   Timeline(Timeline&&) noexcept;
 
-  // Makes the cache hold exactly these ids, computing only what is new.
+  // Makes the cache hold exactly these ids, computing only what is new. Throws, and changes nothing, for no ids, an id outside
+  // 0 .. vocab_size() - 1, and more ids than the model has positions (max_position_embeddings).
   void sync(std::span<const int32_t> ids);
+  // One more id. Throws as sync does.
   void append(int32_t id);
-  // Logits of the next token: [vocab_size], valid until the next call.
+  // Logits of the next token: [vocab_size], valid until the next call; empty before the first sync, append or generate.
   std::span<const float> logits() const;
 
-  // BOS + prompt, then sampled text.
+  // BOS + prompt, then sampled text, until an end token, a stop string, max_tokens, or the model's last position. Throws, and
+  // changes nothing, for a prompt that fills all positions; throws half-way for a sampled id that the tokenizer lacks. An exception
+  // from on_text passes through.
   Completion generate(std::string_view prompt, const TextSettings& settings = {});
 
  private:

@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <utility>
 
@@ -34,12 +33,7 @@ class FileDescriptor {
 };
 
 [[noreturn]] void throw_errno(const std::string& path, const char* action) {
-  const int code = errno;
-  // Missing or malformed is the user's input; no space or no permission is a missing resource.
-  const bool resource = code == ENOSPC || code == EDQUOT || code == EFBIG || code == EACCES || code == EPERM || code == EROFS ||
-                        code == ENOMEM || code == EMFILE || code == ENFILE || code == EIO;
-  throw Error(resource ? ErrorKind::kResourceMissing : ErrorKind::kBadInput,
-              fmt::format("{}: cannot {}: {}", path, action, std::strerror(code)));
+  throw_filesystem(path, action, std::error_code(errno, std::generic_category()));
 }
 
 uint64_t regular_file_size(int fd, const std::string& path) {
@@ -50,6 +44,19 @@ uint64_t regular_file_size(int fd, const std::string& path) {
 }
 
 }  // namespace
+
+ErrorKind filesystem_error_kind(const std::error_code& code) {
+  switch (code.value()) {  // errno, in both categories that std::filesystem uses
+    case ENOSPC: case EDQUOT: case EFBIG: case EACCES: case EPERM: case EROFS: case ENOMEM: case EMFILE: case ENFILE: case EIO:
+      return ErrorKind::kResourceMissing;
+    default:
+      return ErrorKind::kBadInput;
+  }
+}
+
+void throw_filesystem(const std::string& path, std::string_view action, const std::error_code& code) {
+  throw Error(filesystem_error_kind(code), fmt::format("{}: cannot {}: {}", path, action, code.message()));
+}
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   FileDescriptor file(::open(path.c_str(), kOpenForReading));

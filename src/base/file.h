@@ -1,4 +1,4 @@
-// Files: read-only memory maps, whole-file reads with a size limit, atomic replacement, path checks.
+// Files: read-only memory maps, whole-file reads with a size limit, atomic replacement, path checks, what their errors mean.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,16 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
+
+#include "base/check.h"
 
 namespace dsv4 {
+
+// Missing or malformed is the user's input; no space, no permission or a failing disk is a missing resource.
+ErrorKind filesystem_error_kind(const std::error_code& code);
+// Throws "path: cannot action: reason" of that kind.
+[[noreturn]] void throw_filesystem(const std::string& path, std::string_view action, const std::error_code& code);
 
 // A read-only private map of a whole regular file. Move-only; unmapped on destruction. An empty file has an empty span.
 // A file truncated by somebody else while mapped raises SIGBUS on access; size() is what it was when opened.

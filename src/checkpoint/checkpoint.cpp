@@ -5,6 +5,7 @@
 #include <set>
 
 #include "base/check.h"
+#include "base/file.h"
 #include "checkpoint/inventory.h"
 
 namespace dsv4 {
@@ -49,6 +50,7 @@ class CheckpointReader {
   CheckpointAttempt read() {
     std::error_code error;
     if (!fs::is_directory(folder_, error)) {
+      if (filesystem_error_kind(error) == ErrorKind::kResourceMissing) throw_filesystem(folder_.string(), "open", error);
       problem("{}: not a folder", folder_.string());
       return std::move(attempt_);
     }

@@ -33,6 +33,7 @@ std::string_view stored_format_name(StoredFormat format);
 // A logical matrix with the tensors it is made of; which are set depends on format. Views point into the map.
 struct StoredMatrix {
   std::string name;  // without ".weight": "layers.0.attn.wq_a"
+  std::string file;  // that holds its tensors, for messages; several are separated by commas
   StoredFormat format = StoredFormat::kBf16;
   int64_t rows = 0;  // logical
   int64_t cols = 0;

@@ -131,7 +131,7 @@ class Inspection {
         count(name, tensor.role, valid ? stored_format_name(search.matrix.format) : "not recognised");
       if (!valid) continue;
       if (const auto problem = find_scale_problem(search.matrix))
-        report_.problems.add(fmt::format("{} (in {})", *problem, checkpoint().file_of(search.tensor_names.front())));
+        report_.problems.add(*problem);
       if (tensor.tensor_class == TensorClass::kQuantisable)
         (tensor.role == TensorRole::kRoutedExpert ? experts : dense).insert(search.matrix.format);
     }
@@ -145,8 +145,8 @@ class Inspection {
     const bool is_table = expected.tensor_class == TensorClass::kExpertTable && tensor->shape == expected.shape &&
                           (tensor->dtype == DType::kI64 || tensor->dtype == DType::kI32);
     if (!is_table) return;
-    if (const auto problem = find_expert_table_problem(expected.name, *tensor, report_.config.num_experts))
-      report_.problems.add(fmt::format("{} (in {})", *problem, checkpoint().file_of(expected.name)));
+    const std::string name = checkpoint().file_of(expected.name) + ": " + expected.name;
+    if (const auto problem = find_expert_table_problem(name, *tensor, report_.config.num_experts)) report_.problems.add(*problem);
   }
 
   void measure_files() {

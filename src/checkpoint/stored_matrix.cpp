@@ -23,7 +23,11 @@ class Search {
   const TensorView* take(std::string_view suffix) {
     std::string name = result_.matrix.name + std::string(suffix);
     const TensorView* tensor = checkpoint_.find(name);
-    if (tensor != nullptr) result_.tensor_names.push_back(std::move(name));
+    if (tensor == nullptr) return nullptr;
+    const std::string& file = checkpoint_.file_of(name);
+    std::string& files = result_.matrix.file;
+    if (files.find(file) == std::string::npos) files += (files.empty() ? "" : ", ") + file;
+    result_.tensor_names.push_back(std::move(name));
     return tensor;
   }
 
@@ -245,7 +249,7 @@ std::optional<std::string> find_scale_problem(const StoredMatrix& matrix) {
   uint32_t bits = 0;
   const int size = dtype_bytes(matrix.scale.dtype);
   for (int i = 0; i < size; ++i) bits |= std::to_integer<uint32_t>(matrix.scale.data[bad * size + i]) << (8 * i);
-  return fmt::format("{}: scale at row {}, group {} is 0x{:0{}x}: NaN, infinite or negative as {}", matrix.name,
+  return fmt::format("{}: {}: scale at row {}, group {} is 0x{:0{}x}: NaN, infinite or negative as {}", matrix.file, matrix.name,
                      bad / matrix.scale.shape[1], bad % matrix.scale.shape[1], bits, 2 * size,
                      dtype_name(matrix.scale.dtype));
 }

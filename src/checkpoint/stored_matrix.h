@@ -22,7 +22,8 @@ MatrixSearch search_matrix(const Checkpoint& checkpoint, std::string_view name_w
 // NaN or negative scales (one pass over matrix.scale): the first one, or nothing.
 std::optional<std::string> find_scale_problem(const StoredMatrix& matrix);
 
-// Expert ids outside 0..num_experts-1 in a tid2eid table (I64 or I32): the first one, or nothing.
+// Expert ids outside 0..num_experts-1 in a tid2eid table (I64 or I32): the first one, or nothing. name is for the message: the
+// file and the tensor.
 std::optional<std::string> find_expert_table_problem(std::string_view name, const TensorView& table, int num_experts);
 
 // The same, throwing bad input. For loaders: call on every matrix and table before use.

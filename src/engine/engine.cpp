@@ -41,7 +41,8 @@ bool Engine::is_end_token(TokenId id) const {
 Session::Session(Engine& engine) : engine_(engine), cache_(engine.model().new_sequence(engine.options().max_chunk)) {}
 
 bool Session::sync(std::span<const TokenId> tokens, const Progress& progress) {
-  DSV4_CHECK(!tokens.empty(), "an empty prefix has no logits");
+  if (tokens.empty()) throw_bad_input("sync to no tokens: an empty prefix has no logits");
+  engine_.model().check_tokens(tokens, 0);  // all of them, before anything is dropped or computed
   const size_t common = static_cast<size_t>(
       std::mismatch(tokens.begin(), tokens.end(), tokens_.begin(), tokens_.end()).first - tokens.begin());
   if (common < tokens_.size()) {

@@ -67,8 +67,9 @@ class Session {
   const std::vector<TokenId>& tokens() const { return tokens_; }
   // Called between chunks of a long prefill with (done, total); return false to stop there (sync then returns false).
   using Progress = std::function<bool(int64_t done, int64_t total)>;
+  // Throws bad input, and changes nothing, for no tokens, an id outside the vocabulary, and more than max_position tokens.
   bool sync(std::span<const TokenId> tokens, const Progress& progress = {});
-  // One more token: the decode step.
+  // One more token: the decode step. Throws as sync does.
   void append(TokenId token);
   // Of the next token, after the last one: [vocab_size]. Valid until the next call.
   std::span<const float> logits() const { return logits_; }

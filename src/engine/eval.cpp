@@ -24,9 +24,10 @@ double PerplexityResult::perplexity() const { return std::exp(nats / static_cast
 
 PerplexityResult evaluate_perplexity(Engine& engine, std::span<const TokenId> tokens, int64_t ctx, int64_t max_windows,
                                      const std::function<bool(int64_t, int64_t)>& progress) {
+  if (ctx < 1) throw_bad_input("windows of {} tokens, expected at least 1", ctx);
   const int64_t complete = (static_cast<int64_t>(tokens.size()) - 1) / ctx;
   const int64_t num_windows = max_windows > 0 ? std::min(max_windows, complete) : complete;
-  if (ctx < 1 || num_windows < 1)
+  if (num_windows < 1)
     throw_bad_input("text of {} tokens (BOS included) has no complete window of {} and its next token", tokens.size(), ctx);
   const int64_t vocab = engine.config().vocab_size, max_chunk = engine.options().max_chunk;
   const auto start = std::chrono::steady_clock::now();
@@ -46,10 +47,10 @@ PerplexityResult evaluate_perplexity(Engine& engine, std::span<const TokenId> to
         result.num_bytes += static_cast<int64_t>(engine.tokenizer().token_bytes(target).size());
       }
       result.num_scored += count;
+      result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
     ++result.num_windows;
   }
-  result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }
 

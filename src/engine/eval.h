@@ -23,7 +23,8 @@ struct PerplexityResult {
 };
 
 // Window i starts cold, feeds tokens[i*ctx, i*ctx + ctx) and scores tokens[i*ctx + 1, i*ctx + ctx]; an incomplete last window
-// is left out; max_windows 0 = all. progress(done, total) returns false to stop.
+// is left out; max_windows 0 = all. progress(done, total) returns false to stop: the result is then of what was scored until there.
+// Throws bad input for ctx < 1 and for tokens without one complete window.
 PerplexityResult evaluate_perplexity(Engine& engine, std::span<const TokenId> tokens, int64_t ctx, int64_t max_windows,
                                      const std::function<bool(int64_t, int64_t)>& progress = {});
 

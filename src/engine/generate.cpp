@@ -65,11 +65,21 @@ GenerateResult generate(Engine& engine, Session& session, std::span<const TokenI
     throw_bad_input("prompt of {} tokens, the model's max_position_embeddings is {}", prompt.size(), engine.config().max_position);
 
   const Stopwatch prefill;
-  const bool complete = session.sync(prompt, [&](int64_t done, int64_t total) {
-    result.prefill_tokens = total;
-    if (callbacks.on_prefill) callbacks.on_prefill(done, total);
-    return keep_going();
-  });
+  const auto feed = [&](std::span<const TokenId> tokens) {
+    const int64_t before = result.prefill_tokens;
+    return session.sync(tokens, [&](int64_t done, int64_t total) {
+      if (callbacks.on_prefill) callbacks.on_prefill(before + done, before + total);
+      const bool go_on = keep_going();
+      result.prefill_tokens = before + (go_on ? total : done);
+      return go_on;
+    });
+  };
+  bool complete = true;
+  if (options.mark_before_last && prompt.size() > 1) {
+    complete = feed(prompt.first(prompt.size() - 1));
+    if (complete) session.mark();
+  }
+  complete = complete && feed(prompt);
   result.prefill_seconds = prefill.seconds();
   if (!complete) {
     result.finish_reason = FinishReason::kInterrupted;

@@ -16,6 +16,7 @@ struct GenerateOptions {
   uint64_t seed = 0;
   int64_t max_tokens = 128;
   std::vector<std::string> stop;     // text before the first of them is kept
+  bool mark_before_last = false;     // Session::mark() in front of the prompt's last token
 };
 
 enum class FinishReason { kEndToken, kStopString, kLength, kInterrupted };
@@ -25,7 +26,7 @@ struct GenerateResult {
   std::vector<TokenId> ids;          // generated, an end token included
   std::string text;                  // of the ids, whole UTF-8, without end token and stop string
   FinishReason finish_reason = FinishReason::kLength;
-  int64_t prefill_tokens = 0;        // that had to be computed; a prefix already in the session is not counted
+  int64_t prefill_tokens = 0;        // that were computed; a prefix already in the session is not counted
   double prefill_seconds = 0;
   double decode_seconds = 0;
 
@@ -45,6 +46,7 @@ struct GenerateCallbacks {
   std::function<void(int64_t done, int64_t total)> on_prefill;
 };
 
+// Throws bad input, as sync does, for a prompt the session cannot hold or that leaves no position to generate at.
 // Afterwards the session holds prompt + ids, except that the last id is not yet fed.
 GenerateResult generate(Engine& engine, Session& session, std::span<const TokenId> prompt, const GenerateOptions& options,
                         const GenerateCallbacks& callbacks = {});

@@ -1,10 +1,26 @@
 // Device discovery.
 #include "gpu/device.h"
 
+#include <string_view>
+
 #include "gpu/check.h"
 
 namespace dsv4::gpu {
 namespace {
+
+// archs: "90a,100a,120a". 90a is compute capability 9.0 and no other; 90 and 90f are 9.0 and later ones of 9.x.
+constexpr bool covers(std::string_view archs, int major, int minor) {
+  for (size_t at = 0; at < archs.size(); ++at) {
+    int number = 0;
+    for (; at < archs.size() && archs[at] >= '0' && archs[at] <= '9'; ++at) number = 10 * number + archs[at] - '0';
+    const bool only = at < archs.size() && archs[at] == 'a';
+    if (number / 10 == major && (only ? minor == number % 10 : minor >= number % 10)) return true;
+    while (at < archs.size() && archs[at] != ',') ++at;
+  }
+  return false;
+}
+static_assert(covers("90a,100a,120a", 10, 0) && covers("90a,100a,120a", 12, 0) && !covers("90a,100a,120a", 12, 1));
+static_assert(covers("90a", 9, 0) && !covers("90a", 10, 0) && covers("100f", 10, 3) && covers("90", 9, 0) && !covers("", 9, 0));
 
 int attribute(cudaDeviceAttr which, int ordinal) {
   int value = 0;
@@ -24,12 +40,13 @@ Device describe(int ordinal) {
   device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   device.l2_bytes = properties.l2CacheSize;
   device.max_smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-  const int capability = 10 * device.major + device.minor;
-  device.has_kernels = capability == 90 || capability == 100 || capability == 120;
+  device.has_kernels = has_kernels_for(device.major, device.minor);
   return device;
 }
 
 }  // namespace
+
+bool has_kernels_for(int major, int minor) { return covers(DSV4_CUDA_ARCHS, major, minor); }
 
 DeviceList find_devices() {
   DeviceList list;

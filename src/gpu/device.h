@@ -15,7 +15,7 @@ struct Device {
   int64_t memory_bytes = 0;
   int64_t l2_bytes = 0;
   int max_smem_bytes = 0;          // a block's dynamic shared memory after opting in
-  bool has_kernels = false;        // this binary holds machine code for it (9.0, 10.0 or 12.0)
+  bool has_kernels = false;        // has_kernels_for(major, minor)
 };
 
 struct DeviceList {
@@ -24,6 +24,9 @@ struct DeviceList {
   int driver_version = 0;          // as CUDA numbers it: 13000 is 13.0; 0 without a driver
   int runtime_version = 0;
 };
+
+// Whether this binary holds machine code of the *_cuda.cu kernels, which DSV4_CUDA_ARCHS names, for a compute capability.
+bool has_kernels_for(int major, int minor);
 
 // Never throws for an absent or broken driver.
 DeviceList find_devices();

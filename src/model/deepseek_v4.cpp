@@ -22,19 +22,6 @@ struct DeepseekV4::Workspace {
 
 namespace {
 
-void check_inputs(std::span<const SequenceInput> inputs, const ModelConfig& config) {
-  for (const SequenceInput& input : inputs) {
-    const int64_t count = static_cast<int64_t>(input.tokens.size());
-    DSV4_CHECK(count <= input.cache->shape().max_chunk, "{} tokens in a step, the cache takes {}", count,
-               input.cache->shape().max_chunk);
-    const int64_t end = input.cache->num_tokens() + count;
-    if (end > config.max_position)
-      throw_bad_input("sequence of {} tokens, the model's max_position_embeddings is {}", end, config.max_position);
-    for (int32_t id : input.tokens)
-      if (id < 0 || id >= config.vocab_size) throw_bad_input("token id {}, the vocabulary has 0..{}", id, config.vocab_size - 1);
-  }
-}
-
 Precision checked_precision(const Precision& precision, const ModelConfig& config) {
   if (precision.kv == KvFormat::kNvfp4 && config.nope_dim() % kNvfp4GroupSize != 0)
     throw_bad_input("--kv nvfp4 needs head_dim - qk_rope_head_dim to be a multiple of {}, this model has {}", kNvfp4GroupSize,
@@ -128,8 +115,20 @@ SequenceCache DeepseekV4::new_sequence(int64_t max_chunk) const {
   return SequenceCache(std::move(shape));
 }
 
+void DeepseekV4::check_tokens(std::span<const int32_t> tokens, int64_t first_position) const {
+  const int64_t end = first_position + std::ssize(tokens);
+  if (end > config().max_position)
+    throw_bad_input("sequence of {} tokens, the model's max_position_embeddings is {}", end, config().max_position);
+  for (int32_t id : tokens)
+    if (id < 0 || id >= config().vocab_size) throw_bad_input("token id {}, the vocabulary has 0..{}", id, config().vocab_size - 1);
+}
+
 int64_t DeepseekV4::forward(std::span<const SequenceInput> inputs, std::vector<float>& logits, StepObserver* observer) {
-  check_inputs(inputs, config());
+  for (const SequenceInput& input : inputs) {
+    DSV4_CHECK(std::ssize(input.tokens) <= input.cache->shape().max_chunk, "{} tokens in a step, the cache takes {}",
+               input.tokens.size(), input.cache->shape().max_chunk);
+    check_tokens(input.tokens, input.cache->num_tokens());
+  }
   StepContext step = make_step(inputs, config(), weights_, precision_, context_);
   if (step.num_tokens() == 0) return 0;
   if (observer != nullptr && observer->decision_margin != nullptr) {

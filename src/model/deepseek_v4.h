@@ -57,8 +57,10 @@ class DeepseekV4 {
 
   SequenceCache new_sequence(int64_t max_chunk) const;
 
-  // logits: rows of vocab_size for the wanted tokens, in order of inputs; returns their number. Throws bad input on a token
-  // id outside the vocabulary or a position beyond max_position, before any cache changes.
+  // Throws bad input for a token id outside the vocabulary and for positions beyond max_position.
+  void check_tokens(std::span<const int32_t> tokens, int64_t first_position) const;
+  // logits: rows of vocab_size for the wanted tokens, in order of inputs; returns their number. check_tokens() of every input
+  // comes before any cache changes.
   int64_t forward(std::span<const SequenceInput> inputs, std::vector<float>& logits, StepObserver* observer = nullptr);
 
  private:

@@ -37,9 +37,9 @@ void set_mxfp4_as_nvfp4(const StoredMatrix& matrix, WeightArena& arena, WeightVi
   if (max_byte < 0) max_byte = min_byte = 127;  // all zero: any scale will do
   if (max_byte - min_byte > kMxfp4MaxExponentSpread)
     throw_bad_input(
-        "{}: MXFP4 group exponents spread over {} binades, NVFP4 holds {} without loss: convert the checkpoint with "
+        "{}: {}: MXFP4 group exponents spread over {} binades, NVFP4 holds {} without loss: convert the checkpoint with "
         "dsv4 quantize, which re-quantises this tensor and reports the loss",
-        matrix.name, max_byte - min_byte, kMxfp4MaxExponentSpread);
+        matrix.file, matrix.name, max_byte - min_byte, kMxfp4MaxExponentSpread);
   uint8_t* sf = arena.add(2 * num_groups).as<uint8_t>();
   for (int64_t g = 0; g < num_groups; ++g) {
     const int exponent = std::clamp(static_cast<int>(bytes[g]) - max_byte + 8, -9, 8);  // clamps only all-zero groups

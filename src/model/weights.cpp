@@ -76,7 +76,7 @@ class Loader {
 
   std::vector<int32_t> hash_table(const std::string& name) const {
     const TensorView& view = checkpoint_.at(name);
-    validate_expert_table(name, view, config_.num_experts);
+    validate_expert_table(checkpoint_.file_of(name) + ": " + name, view, config_.num_experts);
     std::vector<int32_t> table(static_cast<size_t>(view.elements()));
     for (size_t i = 0; i < table.size(); ++i)
       table[i] = static_cast<int32_t>(view.dtype == DType::kI64 ? view.as<int64_t>()[i] : view.as<int32_t>()[i]);

@@ -113,5 +113,15 @@ TEST_F(File, PlainNamesHaveNoPathInThem) {
   EXPECT_FALSE(is_plain_file_name(std::string_view("a\0b", 3)));
 }
 
+TEST_F(File, PermissionAndSpaceAreMissingResourcesAndTheRestIsBadInput) {
+  for (const std::errc code : {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::read_only_file_system,
+                               std::errc::no_space_on_device, std::errc::io_error})
+    expect_error(ErrorKind::kResourceMissing, "a/b: cannot open: ",
+                 [&] { throw_filesystem("a/b", "open", std::make_error_code(code)); });
+  for (const std::errc code : {std::errc::no_such_file_or_directory, std::errc::not_a_directory, std::errc::too_many_symbolic_link_levels})
+    expect_error(ErrorKind::kBadInput, "a/b: cannot list: ", [&] { throw_filesystem("a/b", "list", std::make_error_code(code)); });
+  EXPECT_EQ(filesystem_error_kind({EACCES, std::system_category()}), ErrorKind::kResourceMissing);
+}
+
 }  // namespace
 }  // namespace dsv4

@@ -5,6 +5,8 @@ Usage: cli_test.py PATH_TO_DSV4 SOURCE_DIR
 import json
 import os
 import pathlib
+import pty
+import re
 import shutil
 import signal
 import struct
@@ -39,6 +41,36 @@ def read_safetensors(path):
     return {n: (t["dtype"], t["shape"], raw[8 + size + t["data_offsets"][0] : 8 + size + t["data_offsets"][1]]) for n, t in header.items()}
 
 
+class Terminal:
+    """A command whose stderr is a terminal, which is what draws progress."""
+
+    def __init__(self, *args):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen([DSV4, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=slave)
+        os.close(slave)
+        self.shown = ""
+
+    def read(self):  # False at the end
+        try:
+            piece = os.read(self.master, 65536)
+        except OSError:
+            piece = b""
+        self.shown += piece.decode()
+        return bool(piece)
+
+    def wait_for(self, pattern):
+        while not re.search(pattern, self.shown):
+            if not self.read():
+                raise AssertionError(f"{pattern} never shown: {self.shown}")
+
+    def finish(self):
+        while self.read():
+            pass
+        os.close(self.master)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
 class TempFolder(unittest.TestCase):
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="dsv4_cli_"))
@@ -58,8 +90,26 @@ class Usage(unittest.TestCase):
             self.assertIn(command, result.stdout)
             self.assertEqual(run(command, "--help").returncode, 0, command)
 
-    def test_version(self):
-        self.assertRegex(run("--version").stdout, r"^dsv4 \d+\.\d+\.\d+")
+    def test_one_version_everywhere(self):
+        version = run("--version").stdout.split()[1]
+        self.assertRegex(version, r"^\d+\.\d+\.\d+$")
+        header = (SOURCE / "include/dsv4/version.h").read_text()
+        self.assertEqual(".".join(re.findall(r"#define DSV4_VERSION_\w+ (\d+)", header)), version)
+        for name, pattern in (("CMakeLists.txt", r"project\(dsv4 VERSION (\S+)"), ("pyproject.toml", r'(?m)^version = "(.*)"'),
+                              ("python/dsv4/__init__.py", r'__version__ = "(.*)"')):
+            self.assertEqual(re.search(pattern, (SOURCE / name).read_text()).group(1), version, name)
+
+    def test_bench_names_its_benchmarks(self):
+        result = run("bench", "nonsense")
+        self.assertEqual(result.returncode, 2)
+        for name in ("nonsense", "all", "model", "gemm", "moe"):
+            self.assertIn(name, result.stderr)
+
+    def test_doctor_names_what_runs(self):
+        report = json.loads(run("doctor", "--json").stdout)
+        self.assertIn("avx512_fp16", report["cpu"]["features"])
+        choices = [op["choice"] for op in report["ops"]]
+        self.assertEqual(choices[0], report["cpu"]["isa"])
 
     def test_wrong_usage_is_exit_2(self):
         for args in ([], ["nonsense"], ["generate", "-m", DEMO], ["generate", "-p", "x"], ["generate", "-m", DEMO, "-p", "x", "--kv", "fp7"],
@@ -107,6 +157,15 @@ class Generate(TempFolder):
             result = run("generate", "-m", DEMO, "-p", "He turned to", "-n", "4", *setting)
             self.assertEqual(result.returncode, 0, (setting, result.stderr))
 
+    def test_quiet_draws_nothing(self):
+        args = ("generate", "-m", DEMO, "-p", "It was late", "-n", "2", "--repack", "on")
+        loud = Terminal(*args)
+        self.assertEqual(loud.finish(), 0, loud.shown)
+        self.assertIn("repacking", loud.shown)
+        quiet = Terminal(*args, "-q")
+        self.assertEqual(quiet.finish(), 0, quiet.shown)
+        self.assertEqual(quiet.shown, "")
+
     def test_interrupt_keeps_what_is_there(self):
         process = subprocess.Popen([DSV4, "generate", "-m", DEMO, "-p", "It was late", "-n", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         first = process.stdout.read(1)
@@ -125,6 +184,23 @@ class Chat(TempFolder):
         self.assertEqual(len(result.stdout.rstrip("\n").split("\n")) >= 2, True)
         self.assertIn("tokens/s", result.stderr)
         self.assertIn("/reset", result.stderr)
+
+    def test_statistics_count_the_whole_prefill(self):
+        result = run("chat", "-m", DEMO, "-n", "4", "--temp", "0", stdin="Good morning, Mr. Holmes.\n/stats\n")
+        self.assertGreater(int(re.search(r"prefill (\d+) tokens", result.stderr).group(1)), 5, result.stderr)
+
+    def test_interrupt_stops_a_prefill_between_chunks(self):
+        chat = Terminal("chat", "-m", DEMO, "-n", "4", "--chunk", "16")
+        chat.process.stdin.write(b"the moor " * 20000 + b"\n/stats\n")
+        chat.process.stdin.close()
+        chat.process.stdin = None
+        chat.wait_for(r"prefill [1-9]\d* / \d+")
+        chat.process.send_signal(signal.SIGINT)
+        self.assertEqual(chat.finish(), 0)
+        done = int(re.search(r"prefill (\d+) tokens", chat.shown).group(1))
+        total = int(re.search(r"prefill \d+ / (\d+)", chat.shown).group(1))
+        self.assertTrue(16 <= done < total, chat.shown[-300:])
+        self.assertIn("decode 0 tokens", chat.shown)
 
     def test_reset_forgets(self):
         once = run("chat", "-m", DEMO, "-n", "10", "--temp", "0", stdin="Good morning.\n").stdout
@@ -158,6 +234,9 @@ class Eval(TempFolder):
         self.assertEqual(report["tokens"], 64 * report["windows"])
         self.assertGreater(report["windows"], 1)
         self.assertTrue(1 < report["perplexity"] < 1000)
+        shorter = run("eval", "ppl", "-m", DEMO, "--text", str(text), "--ctx", "4096", "-q")
+        self.assertEqual(shorter.returncode, 1)
+        self.assertIn(str(text), shorter.stderr)
         limited = json.loads(run("eval", "ppl", "-m", DEMO, "--exact", "--text", str(text), "--ctx", "64", "--windows", "1", "--json", "-q").stdout)
         self.assertEqual(limited["windows"], 1)
 
@@ -179,6 +258,41 @@ class BadInput(TempFolder):
         self.assert_refused(["generate", "-m", str(demo), "-p", "x"], "model.safetensors")
         weights.write_bytes(struct.pack("<Q", 2**63) + content[8:])
         self.assert_refused(["generate", "-m", str(demo), "-p", "x"], "model.safetensors")
+
+    def test_a_scale_that_is_no_number_is_named_with_its_file(self):
+        demo = self.broken_demo()
+        weights = demo / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        size = struct.unpack_from("<Q", content)[0]
+        header = json.loads(content[8 : 8 + size])
+        name = next(n for n, t in header.items() if n.endswith(".w2.weight_scale"))
+        content[8 + size + header[name]["data_offsets"][0]] = 0x7F
+        weights.write_bytes(content)
+        self.assert_refused(["generate", "-m", str(demo), "-p", "x"], str(weights), name.removesuffix(".weight_scale"), "0x7f")
+        report = run("inspect", str(demo))
+        self.assertEqual(report.returncode, 1)
+        self.assertEqual(report.stdout.count(str(weights)), 1, report.stdout)
+        self.assert_refused(["quantize", str(demo), str(self.folder / "out"), "--dense", "fp8", "-q"], str(weights), "second time")
+
+    def test_no_permission_is_exit_3_everywhere(self):
+        locked = self.folder / "locked"
+        (locked / "demo").mkdir(parents=True)
+        locked.chmod(0)
+        self.addCleanup(locked.chmod, 0o700)
+        self.folder.chmod(0o777)
+        user = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        try:
+            subprocess.run([DSV4, "inspect", DEMO], capture_output=True, check=True, **user)
+        except (PermissionError, subprocess.CalledProcessError):
+            self.skipTest("another user cannot run the binary or read the demo here")
+        inside = str(locked / "demo")
+        for args in (["inspect", inside], ["generate", "-m", inside, "-p", "x"], ["quantize", inside, str(self.folder / "out")],
+                     ["quantize", DEMO, inside + "/out"], ["eval", "ppl", "-m", DEMO, "--text", inside + "/text"],
+                     ["synth", inside + "/out", "--shape", "demo"]):
+            result = subprocess.run([DSV4, *args], capture_output=True, text=True, timeout=120, **user)
+            self.assertEqual(result.returncode, 3, (args, result.stderr))
+            self.assertIn(inside, result.stderr)
+            self.assertIn("Permission denied", result.stderr)
 
     def test_weights_truncated_while_in_use(self):
         demo = self.broken_demo()

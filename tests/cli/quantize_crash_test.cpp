@@ -129,7 +129,8 @@ TEST_F(QuantizeCrash, KilledAtRandomItEndsInTheSameBytes) {
 
   std::mt19937 random(5);
   int num_killed = 0, num_resumed = 0;
-  for (int round = 0; round < 6; ++round) {
+  // On a busy machine a round may end before most of its kills: then there are more rounds.
+  for (int round = 0; round < 6 || (round < 30 && (num_killed <= 6 || num_resumed == 0)); ++round) {
     fs::remove_all(target());
     int attempts = 0;
     for (;; ++attempts) {

@@ -128,6 +128,66 @@ TEST_F(SessionTest, GenerationStopsAtLengthStopStringAndInterruption) {
   EXPECT_EQ(whole.text.compare(0, interrupted.text.size(), interrupted.text), 0);
 }
 
+TEST_F(SessionTest, AMarkedPromptCountsAsOnePrefillAndStopsLikeOne) {
+  const auto prompt = ids(kText);
+  GenerateOptions options;
+  options.sampling.temperature = 0;
+  options.max_tokens = 3;
+  options.mark_before_last = true;
+  std::vector<std::pair<int64_t, int64_t>> seen;
+  GenerateCallbacks callbacks;
+  callbacks.on_prefill = [&](int64_t done, int64_t total) { seen.emplace_back(done, total); };
+  Session session(*engine_);
+  const GenerateResult result = generate(*engine_, session, prompt, options, callbacks);
+  const int64_t size = std::ssize(prompt);
+  EXPECT_EQ(result.prefill_tokens, size);
+  EXPECT_GT(result.prefill_seconds, 0);
+  ASSERT_GE(seen.size(), 3u);
+  EXPECT_EQ(seen.front(), std::pair(int64_t{0}, size - 1));
+  EXPECT_EQ(seen.back(), std::pair(size - 1, size));
+  // The mark is there: another last token costs one.
+  auto other = prompt;
+  other.back() = 100;
+  EXPECT_EQ(computed(session, other), 1);
+
+  callbacks = {};
+  int calls = 0;
+  callbacks.keep_going = [&] { return ++calls < 2; };
+  Session stopped(*engine_);
+  const GenerateResult part = generate(*engine_, stopped, prompt, options, callbacks);
+  EXPECT_EQ(part.finish_reason, FinishReason::kInterrupted);
+  EXPECT_EQ(part.prefill_tokens, 32);  // one chunk
+  EXPECT_TRUE(part.ids.empty());
+}
+
+TEST_F(SessionTest, ACallersErrorsAreBadInputAndChangeNothing) {
+  const auto all = ids(kText);
+  Session session(*engine_);
+  session.sync(all);
+  const auto expect_refused = [&](std::string_view part, const auto& call) {
+    try {
+      call();
+      ADD_FAILURE() << "not refused: " << part;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::kBadInput) << error.what();
+      EXPECT_NE(std::string_view(error.what()).find(part), std::string_view::npos) << error.what();
+      EXPECT_EQ(std::string_view(error.what()).find(".cpp"), std::string_view::npos) << error.what();
+    }
+    EXPECT_EQ(session.tokens(), all);
+  };
+  const auto vocab = static_cast<TokenId>(engine_->config().vocab_size);
+  std::vector<TokenId> wrong(40, 5);  // shares no prefix, and the wrong id is in its second chunk
+  wrong[0] = 6;
+  wrong.back() = vocab;
+  const std::vector<TokenId> endless(static_cast<size_t>(engine_->config().max_position) + 1, 5);
+  expect_refused("no tokens", [&] { session.sync({}); });
+  expect_refused("vocabulary", [&] { session.sync(wrong); });
+  expect_refused("vocabulary", [&] { session.append(vocab); });
+  expect_refused("vocabulary", [&] { session.append(-1); });
+  expect_refused("max_position_embeddings", [&] { session.sync(endless); });
+  expect_refused("max_position_embeddings", [&] { generate(*engine_, session, endless, {}); });
+}
+
 TEST_F(SessionTest, PerplexityScoresTheNextTokenOfEachColdWindow) {
   const auto all = ids(kText);
   constexpr int64_t kCtx = 10;
@@ -144,6 +204,12 @@ TEST_F(SessionTest, PerplexityScoresTheNextTokenOfEachColdWindow) {
     }
   EXPECT_NEAR(result.nats, nats, 1e-3);
   EXPECT_THROW(evaluate_perplexity(*engine_, std::span(all).first(10), 10, 0), Error);
+  EXPECT_THROW(evaluate_perplexity(*engine_, all, 0, 0), Error);
+
+  const PerplexityResult stopped = evaluate_perplexity(*engine_, all, kCtx, 0, [](int64_t done, int64_t) { return done < kCtx; });
+  EXPECT_EQ(stopped.num_windows, 1);
+  EXPECT_EQ(stopped.num_scored, kCtx);
+  EXPECT_GT(stopped.seconds, 0);
 }
 
 TEST_F(SessionTest, UnknownFolderAndForcedMissingIsaAreNamed) {

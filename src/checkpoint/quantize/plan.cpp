@@ -33,7 +33,7 @@ MatrixAction nvfp4_action(const StoredMatrix& matrix) {
     case StoredFormat::kFp8Block: break;
   }
   if (matrix.cols % kNvfp4GroupSize != 0)
-    throw_bad_input("{}: {} columns are not a multiple of {}: NVFP4 cannot hold them", matrix.name, matrix.cols,
+    throw_bad_input("{}: {}: {} columns are not a multiple of {}: NVFP4 cannot hold them", matrix.file, matrix.name, matrix.cols,
                     kNvfp4GroupSize);
   return MatrixAction::kEncodeNvfp4;
 }
@@ -48,7 +48,7 @@ MatrixAction choose_action(const StoredMatrix& matrix, TensorRole role, DenseFor
   if (role == TensorRole::kRoutedExpert || dense == DenseFormat::kNvfp4) return nvfp4_action(matrix);
   if (dense == DenseFormat::kFp8 && matrix.format != StoredFormat::kFp8Block) {
     if (matrix.format != StoredFormat::kF32 && matrix.format != StoredFormat::kBf16)
-      throw_bad_input("{}: stored as {}: --dense fp8 would round it a second time and make it larger", matrix.name,
+      throw_bad_input("{}: {}: stored as {}: --dense fp8 would round it a second time and make it larger", matrix.file, matrix.name,
                       stored_format_name(matrix.format));
     return MatrixAction::kEncodeFp8;
   }
@@ -178,7 +178,7 @@ class Planner {
         return action == MatrixAction::kEncodeNvfp4 || action == MatrixAction::kCastMxfp4;
       };
       if (encodes(w1.action) != encodes(w3.action))
-        throw_bad_input("{} is {} and {} is {}: they cannot get one common global scale", name,
+        throw_bad_input("{}: {} is {} and {} is {}: they cannot get one common global scale", checkpoint_.folder(), name,
                         stored_format_name(w1.matrix.format), w3.matrix.name, stored_format_name(w3.matrix.format));
       w1.partner = other;
       w3.partner = idx;

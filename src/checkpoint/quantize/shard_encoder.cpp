@@ -28,7 +28,7 @@ int64_t rows_per_window(const StoredMatrix& matrix, int64_t chunk_rows) {
 
 void require_finite(const StoredMatrix& matrix, int64_t row, const float* values) {
   if (!all_finite(values, matrix.cols))
-    throw_bad_input("{}: row {} holds a NaN or an infinity: it has no scale", matrix.name, row);
+    throw_bad_input("{}: {}: row {} holds a NaN or an infinity: it has no scale", matrix.file, matrix.name, row);
 }
 
 struct Fp8Block {
@@ -180,7 +180,8 @@ const ShardEncoder::Common& ShardEncoder::common_of(int job_idx) {
     for (int idx : members) range.add(scan_amax(job(idx)));
     common.global = rule_global_scale(range, rule_);
     if (!(common.global.value > 0.0f))
-      throw_bad_input("{}: largest weight {:g}: too small for a binary32 global scale", job(key).matrix.name, range.largest);
+      throw_bad_input("{}: {}: largest weight {:g}: too small for a binary32 global scale", job(key).matrix.file, job(key).matrix.name,
+                      range.largest);
   }
   return common_.emplace(key, common).first->second;
 }

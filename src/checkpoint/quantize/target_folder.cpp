@@ -31,7 +31,7 @@ bool is_inside(const fs::path& path, const fs::path& folder) {
 fs::path resolved(const std::string& path) {
   std::error_code error;
   fs::path result = fs::weakly_canonical(fs::absolute(path), error);
-  if (error) throw_bad_input("{}: {}", path, error.message());
+  if (error) throw_filesystem(path, "resolve", error);
   if (!result.has_filename()) result = result.parent_path();  // "a/b/"
   return result;
 }
@@ -52,7 +52,7 @@ void require_inside(const fs::path& link, const std::string& source) {
   std::error_code error;
   const fs::path folder = fs::canonical(source, error);
   const fs::path file = fs::canonical(link, error);
-  if (error) throw_bad_input("{}: {}", link.string(), error.message());
+  if (error) throw_filesystem(link.string(), "resolve", error);
   const bool is_cache = folder.parent_path().filename() == "snapshots";
   if (!is_inside(file, folder) && !(is_cache && is_inside(file, folder.parent_path().parent_path() / "blobs")))
     throw_bad_input("{}: symbolic link to a file outside the folder", link.string());
@@ -126,9 +126,9 @@ void TargetFolder::require_space(uint64_t bytes) const {
 void TargetFolder::copy_other_files(const std::string& source, const std::set<std::string>& made) {
   std::error_code error;
   fs::recursive_directory_iterator it(source, error);
-  if (error) throw_bad_input("{}: cannot list: {}", source, error.message());
+  if (error) throw_filesystem(source, "list", error);
   for (const fs::recursive_directory_iterator end; it != end; it.increment(error)) {
-    if (error) throw_bad_input("{}: cannot list: {}", source, error.message());
+    if (error) throw_filesystem(source, "list", error);
     const fs::path relative = it->path().lexically_relative(source);
     const std::string name = it->path().filename().string();
     if (name.starts_with('.')) {

@@ -271,7 +271,7 @@ TEST_F(Formats, Nvfp4StaysNvfp4) {
     const std::string name = std::string("layers.1.ffn.experts.3.w2") + suffix;
     EXPECT_EQ(bytes_of(source.at(name)), bytes_of(target.at(name))) << name;
   }
-  expect_bad_input({"layers.0.attn.wq_a", "second time"},
+  expect_bad_input({"model.safetensors: ", "layers.0.attn.wq_a", "second time"},
                    [&] { quantize(target_, folder_ / "again", DenseFormat::kFp8); });
 }
 
@@ -353,7 +353,7 @@ TEST_F(Formats, NanAndInfinityAreRefusedByName) {
       std::memcpy(file.tensors.at(std::string(tensor) + ".weight").bytes.data() + 34, &bits, 2);
       file.save();
     }
-    expect_bad_input({tensor, "row 0", "NaN or an infinity"}, [&] { quantize(folder / "source", folder / "target"); });
+    expect_bad_input({"model.safetensors: ", tensor, "row 0", "NaN or an infinity"}, [&] { quantize(folder / "source", folder / "target"); });
     EXPECT_FALSE(std::filesystem::exists(folder / "target"));
   }
 }

@@ -13,10 +13,18 @@ int main(int, char** argv) {
   std::printf("dsv4 %d.%d: %s\n", DSV4_VERSION_MAJOR, DSV4_VERSION_MINOR, first.text.c_str());
   if (first.ids.size() != 8 || first.ids != again.ids) return 1;
   if (model.decode(model.encode("late")) != "late") return 1;
-  try {
-    dsv4::LanguageModel::open("/nonexistent");
-  } catch (const std::runtime_error&) {
-    return 0;
-  }
-  return 1;
+  int refused = 0;
+  const auto expect_error = [&](const auto& call) {
+    try {
+      call();
+    } catch (const std::runtime_error& error) {
+      refused += std::string(error.what()).find(".cpp") == std::string::npos;  // a caller's error, not a broken invariant
+    }
+  };
+  expect_error([] { dsv4::LanguageModel::open("/nonexistent"); });
+  expect_error([&] { dsv4::LanguageModel::open(argv[1], {.exact = true, .kv = "fp7"}); });
+  expect_error([&] { timeline.sync({}); });
+  expect_error([&] { timeline.append(static_cast<int32_t>(model.vocab_size())); });
+  expect_error([&] { model.decode(std::vector<int32_t>{-1}); });
+  return refused == 5 ? 0 : 1;
 }
