@@ -351,6 +351,33 @@ std::string synth_tokenizer_json(int64_t vocab_size, int64_t bos_token_id, int64
   return tokenizer.dump(1) + "\n";
 }
 
+namespace {
+
+// Everything but the shards. Written last: without them a folder left by an interrupted run is refused.
+void write_configuration(const fs::path& folder, const Json& config_json, const ModelConfig& config, SynthVariant variant, const Json* index) {
+  const auto write = [&folder](const char* name, const Json& json) { write_file_atomically((folder / name).string(), json.dump(1) + "\n"); };
+  if (index) write("model.safetensors.index.json", *index);
+  if (variant == SynthVariant::kModelOpt) {
+    Json quantization = config_json["quantization_config"];
+    quantization["exclude_modules"] = quantization["ignore"];
+    quantization.erase("ignore");
+    const Json producer = quantization["producer"];
+    quantization.erase("producer");
+    write("hf_quant_config.json", {{"producer", producer}, {"quantization", quantization}});
+  }
+  write("tokenizer_config.json", {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                                  {"bos_token", "<｜begin▁of▁sentence｜>"},
+                                  {"eos_token", "<｜end▁of▁sentence｜>"}});
+  write("generation_config.json", {{"bos_token_id", config.bos_token_id},
+                                   {"eos_token_id", config.eos_token_ids},
+                                   {"do_sample", true},
+                                   {"temperature", 1.0},
+                                   {"top_p", 1.0}});
+  write("config.json", config_json);
+}
+
+}  // namespace
+
 SynthResult write_synth_checkpoint(const std::string& dst, const SynthOptions& options) {
   if (options.shard_bytes <= 0) throw_usage("shard size of {} bytes, expected more than 0", options.shard_bytes);
   const Json config_json = final_config(options);
@@ -390,35 +417,9 @@ SynthResult write_synth_checkpoint(const std::string& dst, const SynthOptions& o
     writer.finish();
   }
 
-  // The index and the configuration come last: without them a folder left by an interrupted run is refused.
-  const auto write = [&folder](const char* name, const std::string& text) {
-    write_file_atomically((folder / name).string(), text);
-  };
-  if (shards.size() > 1)
-    write("model.safetensors.index.json",
-          Json{{"metadata", {{"total_size", result.bytes}}}, {"weight_map", weight_map}}.dump(1) + "\n");
-  if (options.variant == SynthVariant::kModelOpt) {
-    Json quantization = config_json["quantization_config"];
-    quantization["exclude_modules"] = quantization["ignore"];
-    quantization.erase("ignore");
-    const Json producer = quantization["producer"];
-    quantization.erase("producer");
-    write("hf_quant_config.json", Json{{"producer", producer}, {"quantization", quantization}}.dump(1) + "\n");
-  }
-  write("tokenizer.json", tokenizer);
-  write("tokenizer_config.json", Json{{"tokenizer_class", "PreTrainedTokenizerFast"},
-                                      {"bos_token", "<｜begin▁of▁sentence｜>"},
-                                      {"eos_token", "<｜end▁of▁sentence｜>"}}
-                                         .dump(1) +
-                                     "\n");
-  write("generation_config.json", Json{{"bos_token_id", config.bos_token_id},
-                                       {"eos_token_id", config.eos_token_ids},
-                                       {"do_sample", true},
-                                       {"temperature", 1.0},
-                                       {"top_p", 1.0}}
-                                          .dump(1) +
-                                      "\n");
-  write("config.json", config_json.dump(1) + "\n");
+  write_file_atomically((folder / "tokenizer.json").string(), tokenizer);
+  const Json index{{"metadata", {{"total_size", result.bytes}}}, {"weight_map", weight_map}};
+  write_configuration(folder, config_json, config, options.variant, shards.size() > 1 ? &index : nullptr);
   return result;
 }
 
