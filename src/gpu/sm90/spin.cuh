@@ -24,14 +24,17 @@ __device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.pr
 
 // One try of an mbarrier phase that may sleep in hardware for up to 10 ms: a warp that waits must not take issue slots from
 // warps that decode.
-__device__ __forceinline__ bool mbarrier_try_wait_long(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_try_wait_long(uint32_t address, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 10000000;\n selp.u32 %0, 1, 0, p;\n}"
       : "=r"(done)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(parity)
+      : "r"(address), "r"(parity)
       : "memory");
   return done != 0;
+}
+__device__ __forceinline__ bool mbarrier_try_wait_long(uint64_t* barrier, uint32_t parity) {
+  return mbarrier_try_wait_long(static_cast<uint32_t>(__cvta_generic_to_shared(barrier)), parity);
 }
 
 // Spins until ready(). With -DDSV4_SPIN_TIMEOUT=cycles a wait that long prints what, where and two numbers, and traps.

@@ -66,18 +66,21 @@ __device__ __forceinline__ void mma_bf16(float* d, const uint32_t (&a)[4], uint3
 }
 
 // Four 8x8 matrices of 16-bit values; lane 8 m + r names row r of matrix m.
+template <int kOffset = 0>
 __device__ __forceinline__ void load_matrix_x4(uint32_t* v, uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(address));
+               : "r"(address), "n"(kOffset));
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void load_shared_16(uint4& v, uint32_t address) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "n"(kOffset));
 }
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
   uint32_t v;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(address));
+  asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {

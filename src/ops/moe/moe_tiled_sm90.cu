@@ -10,8 +10,8 @@ void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cuda
   gpu::LaunchConfig config;
   config.grid = ctas;
   config.block = kTiledThreads;
-  config.smem_bytes = static_cast<int>(std::max({sizeof(TiledTraits<TileList::kLarge>::Shared), sizeof(TiledTraits<TileList::kSmall>::Shared),
-                                                 sizeof(TiledTraits<TileList::kTiny>::Shared)}));
+  config.smem_bytes = std::max({TiledTraits<TileList::kLarge>::kSmemBytes, TiledTraits<TileList::kSmall>::kSmemBytes,
+                                TiledTraits<TileList::kTiny>::kSmemBytes});
   config.stream = stream;
   config.dependent = true;
   gpu::allow_smem(moe_tiled_kernel, config.smem_bytes);

@@ -1,12 +1,16 @@
 // Tiled tier of the MoE layer on Hopper: fc1 with SwiGLU and fc2 over sorted token rows, one persistent launch.
 //
-// Task = 256 weight rows (4 strips) x one tile of up to 120 token rows of one expert; tiles stand in three lists by size (moe_sm90.h), worked
-// through one after the other, each with its own division of shared memory. Tickets of a list are drawn from a global counter,
+// Task = 4 or 8 strips of 64 weight rows x one tile of up to 120 token rows of one expert; tiles stand in three lists by size (moe_sm90.h),
+// worked through one after the other, each with its own division of shared memory. Tickets of a list are drawn from a global counter,
 // all of fc1 first, then fc2, which waits for the tile_done counter of its rows: tickets are handed out in order, so what a
-// CTA waits for is always held by a running CTA. Warps: four math warpgroups with one strip each, a warp that draws tickets
+// CTA waits for is always held by a running CTA. Warps: four math warpgroups with one strip each, or two, a warp that draws tickets
 // and copies weights (never waiting for fc1), another for weights, and two that copy token rows. Weights are decoded in registers and used as the
 // register operand of wgmma m64nNk16, N = the tile's rows rounded up to 8, or, to 16 rows, of mma.sync; no decoded weight is ever stored.
 #pragma once
+
+#include <cstddef>
+#include <type_traits>
+#include <utility>
 
 #include "gpu/ptx/copy.cuh"
 #include "gpu/ptx/sync.cuh"
@@ -22,37 +26,52 @@ struct TiledTask {
   int tile, block;  // tile < 0: no more tasks
   int is_fc2;
   int expert, first_row, rows, padded;
+  int slot;  // its place in the ring of tasks, and the phase of its barriers: math warps have no registers for them
+  uint32_t phase;
 };
 
 constexpr int kMathWarpgroups = 4;
 constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
-constexpr int kStrips = kMathWarpgroups;                    // one strip each: 256 weight rows a task
 constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
 constexpr int kTiledThreads = 128 * kMathWarpgroups + 64 * kLoaders;
 constexpr int kMaxSmem = 227 * 1024;
 
+// At the start of shared memory: barriers and tasks of each list. Nothing of it serves two lists, so all barriers are initialised once, before
+// the roles part.
+constexpr int kMaxStages = 8, kTaskRing = 3;
+template <int kMaxRows>
+struct TiledControl {
+  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
+  TiledTask task[kTaskRing];
+  int32_t slot[kTaskRing][kMaxRows];  // of the task's rows, and their routing weights
+  float rho[kTaskRing][kMaxRows];
+  float alpha[kTaskRing][3];
+};
+struct TiledShared {
+  TiledControl<kTileRows> large;
+  TiledControl<kSmallTileRows> small;
+  TiledControl<kTinyTileRows> tiny;
+};
+constexpr int kHeaderBytes = 6144;
+static_assert(sizeof(TiledShared) <= kHeaderBytes);
+
+// Behind it each list divides what is left into stages: token rows of all, then weights of all.
 template <TileList kList_>
 struct TiledTraits {
   static constexpr TileList kList = kList_;
   static constexpr int kMaxRows = kList == TileList::kLarge ? kTileRows : kList == TileList::kSmall ? kSmallTileRows : kTinyTileRows;
-  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;  // K256, K128
+  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;         // K256, K128
+  static constexpr int kGroupStrips = kList == TileList::kSmall ? 2 : 1;        // of a warpgroup
+  static constexpr int kStrips = kMathWarpgroups * kGroupStrips;                // of a task
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
-  static constexpr int kRowBytes = kMaxRows * 128 * kStageBlocks;
-  static constexpr int kStages = (kMaxSmem - 4096) / (kWeightBytes + kRowBytes);  // 4, 7, 4 of 49, 31, 45 KB
-  static constexpr int kTaskRing = 3;
-
-  struct Shared {
-    alignas(1024) uint8_t rows[kStages][kRowBytes];
-    alignas(128) uint8_t weights[kStages][kWeightBytes];
-    uint64_t full[kStages], empty[kStages];
-    TiledTask task[kTaskRing];
-    int32_t slot[kTaskRing][kMaxRows];  // of the task's rows, and their routing weights
-    float rho[kTaskRing][kMaxRows];
-    float alpha[kTaskRing][3];
-    uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
-  };
-  static_assert(sizeof(Shared) <= kMaxSmem);
+  static constexpr int kBlockPitch = kMaxRows * 128;  // from the rows of one block to those of the next
+  static constexpr int kRowBytes = kStageBlocks * kBlockPitch;
+  static constexpr int kStages = (kMaxSmem - kHeaderBytes) / (kWeightBytes + kRowBytes);
+  static constexpr int kWeightsAt = kHeaderBytes + kStages * kRowBytes;
+  static constexpr int kSmemBytes = kWeightsAt + kStages * kWeightBytes;
+  static_assert(kStages <= kMaxStages && kRowBytes % 1024 == 0 && kSmemBytes <= kMaxSmem);
 };
 
 // Weights of the blocks that the last stage of a task lacks.
@@ -79,6 +98,27 @@ __device__ __forceinline__ V uniform(V v) {
   return __shfl_sync(0xffffffffu, v, 0);
 }
 
+template <class T>
+__device__ __forceinline__ auto& tiled_control(TiledShared& shared) {
+  if constexpr (T::kList == TileList::kLarge) return shared.large;
+  else if constexpr (T::kList == TileList::kSmall) return shared.small;
+  else return shared.tiny;
+}
+template <class T>
+__device__ __forceinline__ uint8_t* tiled_rows(TiledShared& shared, int stage) {
+  return reinterpret_cast<uint8_t*>(&shared) + kHeaderBytes + stage * T::kRowBytes;
+}
+template <class T>
+__device__ __forceinline__ uint8_t* tiled_weights(TiledShared& shared, int stage) {
+  return reinterpret_cast<uint8_t*>(&shared) + T::kWeightsAt + stage * T::kWeightBytes;
+}
+
+// A value as it is, but not to be computed anew in every stage to spare its register.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) { return __shfl_sync(0xffffffffu, v, threadIdx.x % 32); }
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
 struct TiledWork {  // what all roles derive from a task
   int blocks, strips, first_strip, num_strips;
   const uint8_t* weights;
@@ -88,8 +128,8 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   TiledWork work;
   work.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
   work.strips = static_cast<int>(task.is_fc2 ? moe_fc2_strips(args.shape.hidden) : moe_fc1_strips(args.shape.inter));
-  work.first_strip = task.block * kStrips;
-  work.num_strips = min(kStrips, work.strips - work.first_strip);
+  work.first_strip = task.block * T::kStrips;
+  work.num_strips = min(T::kStrips, work.strips - work.first_strip);
   work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
                  (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
   return work;
@@ -106,21 +146,22 @@ __device__ __forceinline__ uint32_t& tiled_done(const MoeTiledArgs& args, const 
 
 // This loader's stages of one task: every kLoaders-th. One warp alone takes about 350 ns a stage, too long.
 template <class T>
-__device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
+__device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
                                                    TiledRing<T::kStages>& at, int& turn, int self) {
   const TiledWork work = tiled_work<T>(args, task);
   const uint64_t source = uniform(reinterpret_cast<uint64_t>(work.weights));
   const int blocks = uniform(work.blocks), strips = uniform(work.num_strips), pitch = blocks * kMoeBlockBytes;
+  auto& control = tiled_control<T>(shared);
   for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
     if (turn != self) continue;
-    spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
+    spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
     if (ptx::elect_one()) {
-      uint64_t* full = &shared.full[at.stage];
+      uint64_t* full = &control.full[at.stage];
       ptx::mbarrier_arrive_expect_tx(full, T::kStripStageBytes * strips);
       const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * kMoeBlockBytes;
-      uint8_t* to = shared.weights[at.stage];
+      uint8_t* to = tiled_weights<T>(shared, at.stage);
 #pragma unroll
-      for (int strip = 0; strip < kStrips; ++strip) {
+      for (int strip = 0; strip < T::kStrips; ++strip) {
         if (strip >= strips) break;
         const int bytes = min(T::kStageBlocks, blocks - block) * kMoeBlockBytes;
         ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, bytes, full, ptx::L2Hint::kEvictFirst);
@@ -134,16 +175,17 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, typ
 
 // Draws tickets, tells the other roles, and copies weights as loader 0.
 template <class T>
-__device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase) {
+__device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase) {
   const int lane = threadIdx.x % 32;
-  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + kStrips - 1) / kStrips;
-  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + kStrips - 1) / kStrips;
+  const int blocks1 = (static_cast<int>(moe_fc1_strips(args.shape.inter)) + T::kStrips - 1) / T::kStrips;
+  const int blocks2 = (static_cast<int>(moe_fc2_strips(args.shape.hidden)) + T::kStrips - 1) / T::kStrips;
   constexpr int kList = static_cast<int>(T::kList);
   const MoeTile* list = args.routing.tiles + kList * args.routing.max_tiles;
   const int tiles = args.routing.num_tiles[kList];
   const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1, tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
   uint32_t* ticket = &args.routing.ticket[kList * 2 + (phase == TiledPhase::kFc2 ? 1 : 0)];
-  TiledRing<T::kTaskRing> task_at;
+  auto& control = tiled_control<T>(shared);
+  TiledRing<kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
   uint32_t drawn = lane == 0 ? atomicAdd(ticket, 1u) : 0;
@@ -151,6 +193,7 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
     const int v = static_cast<int>(uniform(drawn));
     TiledTask task{};
     task.tile = -1;
+    task.slot = task_at.stage, task.phase = task_at.phase;
     if (v < tasks) {
       task.is_fc2 = v >= tasks1;
       const int w = task.is_fc2 ? v - tasks1 : v, blocks = task.is_fc2 ? blocks2 : blocks1;
@@ -159,10 +202,10 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
       const MoeTile tile = list[task.tile];
       task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
     }
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
+    spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
     if (lane == 0) {
-      shared.task[task_at.stage] = task;
-      ptx::mbarrier_arrive(&shared.task_full[task_at.stage]);
+      control.task[task_at.stage] = task;
+      ptx::mbarrier_arrive(&control.task_full[task_at.stage]);
     }
     __syncwarp();
     task_at.advance();
@@ -172,18 +215,27 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, typenam
   }
 }
 
+// For a task, in the warps that copy but do not draw tickets. The second wait is over before it begins, because who wrote the task has waited
+// for the same; it lets racecheck see that the readers of what is overwritten next are done (a stage's readers arrive by lane 0 alone).
+template <class Control>
+__device__ __forceinline__ void tiled_follow(Control& control, const TiledRing<kTaskRing>& at, int role) {
+  spin_until([&] { return mbarrier_try_wait_long(&control.task_full[at.stage], at.phase); }, "moe tiled: a task", role, 0);
+  spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[at.stage], at.phase ^ 1); }, "moe tiled: the task before", role, 0);
+}
+
 // The other weight loaders follow the tasks.
 template <class T>
-__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typename T::Shared& shared, int self) {
+__device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, TiledShared& shared, int self) {
   const int lane = threadIdx.x % 32;
-  TiledRing<T::kTaskRing> task_at;
+  auto& control = tiled_control<T>(shared);
+  TiledRing<kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
   while (true) {
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 2, 0);
-    const TiledTask task = shared.task[task_at.stage];
+    tiled_follow(control, task_at, 2);
+    const TiledTask task = control.task[task_at.stage];
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    if (lane == 0) ptx::mbarrier_arrive(&control.task_empty[task_at.stage]);
     task_at.advance();
     if (task.tile < 0) return;
     tiled_copy_weights<T>(args, shared, task, at, turn, self);
@@ -192,15 +244,16 @@ __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, typ
 
 // Loader 0 also brings what the epilogue wants to know of the task's rows.
 template <class T>
-__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typename T::Shared& shared, TiledPhase phase, int self) {
+__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase, int self) {
   const int lane = threadIdx.x % 32;
-  TiledRing<T::kTaskRing> task_at;
+  auto& control = tiled_control<T>(shared);
+  TiledRing<kTaskRing> task_at;
   TiledRing<T::kStages> at;
   int turn = 0;
   const uint32_t strips1 = static_cast<uint32_t>(moe_fc1_strips(args.shape.inter));
   while (true) {
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 0, 0);
-    const TiledTask task = shared.task[task_at.stage];
+    tiled_follow(control, task_at, 0);
+    const TiledTask task = control.task[task_at.stage];
     if (task.tile < 0) return;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
       spin_until([&] { return load_acquire(&tiled_done<T>(args, task)) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
@@ -212,28 +265,29 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, typena
     const uint32_t bytes = uniform(task.padded * 128);  // of one block
     for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
       if (turn != self) continue;
-      spin_until([&] { return mbarrier_try_wait_long(&shared.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
+      spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
       if (ptx::elect_one()) {
-        uint64_t* full = &shared.full[at.stage];
+        uint64_t* full = &control.full[at.stage];
         ptx::mbarrier_arrive_expect_tx(full, T::kStageBlocks * bytes);
         const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * bytes;
-        const int present = min(T::kStageBlocks, blocks - block);
-        ptx::bulk_load(shared.rows[at.stage], from, present * bytes, full);
-        for (int i = present; i < T::kStageBlocks; ++i) ptx::bulk_load(shared.rows[at.stage] + i * bytes, from, bytes, full);  // times zeros
+        uint8_t* to = tiled_rows<T>(shared, at.stage);
+#pragma unroll
+        for (int i = 0; i < T::kStageBlocks; ++i)  // a block that the task lacks: any, it meets zeros
+          ptx::bulk_load(to + i * T::kBlockPitch, from + (block + i < blocks ? i * bytes : 0), bytes, full);
       }
       __syncwarp();
     }
     if (self == 0) {
       for (int row = lane; row < task.padded; row += 32) {
         const int slot = row < task.rows ? args.routing.row_slot[task.first_row + row] : -1;
-        shared.slot[task_at.stage][row] = slot;
-        shared.rho[task_at.stage][row] = slot >= 0 ? args.topk_weights[slot] : 0.0f;  // padding: rows of whatever memory held
+        control.slot[task_at.stage][row] = slot;
+        control.rho[task_at.stage][row] = slot >= 0 ? args.topk_weights[slot] : 0.0f;  // padding: rows of whatever memory held
       }
-      if (lane < 3) shared.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
-      ptx::mbarrier_arrive(&shared.meta_full[task_at.stage]);
+      if (lane < 3) control.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
+      ptx::mbarrier_arrive(&control.meta_full[task_at.stage]);
     }
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
+    if (lane == 0) ptx::mbarrier_arrive(&control.task_empty[task_at.stage]);
     task_at.advance();
   }
 }
@@ -296,103 +350,114 @@ struct TiledCodes {  // a thread's share of a 64x64 block
   uint4 words;
   uint32_t sf_low, sf_high;
 };
-__device__ __forceinline__ void fetch_codes(TiledCodes& codes, uint32_t codes_at, uint32_t scales_at, uint32_t block) {
-  load_shared_16(codes.words, codes_at + block);
-  codes.sf_low = load_shared_u8(scales_at + block);
-  codes.sf_high = load_shared_u8(scales_at + block + 1);
+// Of the block kOffset bytes into the stage whose codes and scales begin at the two addresses for this thread.
+template <int kOffset>
+__device__ __forceinline__ void fetch_codes(TiledCodes& codes, uint32_t codes_at, uint32_t scales_at) {
+  load_shared_16<kOffset>(codes.words, codes_at);
+  codes.sf_low = load_shared_u8<kOffset>(scales_at);
+  codes.sf_high = load_shared_u8<kOffset + 1>(scales_at);
+}
+template <class F, int... kI>
+__device__ __forceinline__ void static_for_each(std::integer_sequence<int, kI...>, const F& f) {
+  (f(std::integral_constant<int, kI>{}), ...);
+}
+// f(0), f(1), ..., f(kCount - 1), the argument known at compile time.
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(const F& f) {
+  static_for_each(std::make_integer_sequence<int, kCount>{}, f);
 }
 
-// Sums of 64 weight rows times kN token rows over all of K, by a warpgroup.
+// Sums of 64 weight rows a strip times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
-__device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
-                                                 TiledRing<T::kStages>& at, float (&sum)[kN / 2], int group, int thread) {
+__device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
+                                                 TiledRing<T::kStages>& at, float (&sum)[T::kGroupStrips][kN / 2], int group, int thread) {
+  constexpr int kBlocks = T::kStageBlocks * T::kGroupStrips;  // of this warpgroup in a stage: strips of one column after another
+  constexpr bool kEarly = kN <= kSmallTileRows;  // the next stage's first codes are fetched while products run: wider instances lack registers
   const int lane = thread % 32;
+  const uint32_t base = ptx::smem_address(&shared), weights = base + T::kWeightsAt + group * T::kGroupStrips * T::kStripStageBytes;
+  const uint32_t codes_at = opaque(weights + thread * 16), scales_at = opaque(weights + kMoeBlockCodeBytes + thread * 2);
+  const uint32_t rows = opaque(wgmma_descriptor_low(base + kHeaderBytes));
+  const uint32_t control = opaque(ptx::smem_address(&tiled_control<T>(shared)));
+  using Control = std::remove_reference_t<decltype(tiled_control<T>(shared))>;
   uint32_t a[2][2][4];
-  const uint32_t weights = ptx::smem_address(shared.weights) + group * T::kStripStageBytes;
-  const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
-  const uint32_t second = uniform(task.padded * (128 / 16));  // from the stage's first block of token rows to its second, in descriptor units
-  const uint32_t rows = ptx::smem_address(shared.rows);
-  TiledCodes codes[2];  // of the stage's two blocks; the next stage's first is fetched while the last one's products run
+  TiledCodes codes[2];  // in turn
+  int stage = at.stage;
+  uint32_t phase = at.phase;
   int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
-  const auto fetch = [&](int k) {
-    fetch_codes(codes[k], codes_at, scales_at, at.stage * T::kWeightBytes + k * kMoeBlockBytes);
+  uint32_t stage_codes, stage_scales;
+  const auto begin_stage = [&] {
+    spin_until([&] { return mbarrier_try_wait_long(control + offsetof(Control, full) + stage * 8, phase); }, "moe tiled: stage filled", left, stage);
+    stage_codes = codes_at + stage * T::kWeightBytes, stage_scales = scales_at + stage * T::kWeightBytes;
+    fetch_codes<0>(codes[0], stage_codes, stage_scales);
   };
-  const auto wait_stage = [&] {
-    spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
-  };
-  constexpr bool kEarly = kN <= kSmallTileRows;  // wider instances have no registers to spare
-  if (kEarly) {
-    wait_stage();
-    fetch(0);
-  }
+  if (kEarly) begin_stage();
 #pragma unroll 1
   for (; left > 0; left -= T::kStageBlocks) {
-    const uint32_t first = uniform(wgmma_descriptor_low(rows + at.stage * T::kRowBytes));
-    uint64_t* empty = &shared.empty[at.stage];
-    if (!kEarly) {
-      wait_stage();
-      fetch(0);
-    }
-    if (kEarly) fetch(1);
-#pragma unroll
-    for (int k = 0; k < T::kStageBlocks; ++k) {
-      const uint32_t sf_low = decode_sf(codes[k].sf_low), sf_high = decode_sf(codes[k].sf_high);
-      const uint4 words = codes[k].words;
-      const uint32_t tokens = first + (k ? second : 0);
+    if (!kEarly) begin_stage();
+    const uint32_t first = uniform(rows + stage * (T::kRowBytes / 16));
+    const uint32_t empty = control + offsetof(Control, empty) + stage * 8;
+    static_for<kBlocks>([&](auto index) {
+      constexpr int i = decltype(index)::value, strip = i % T::kGroupStrips, k = i / T::kGroupStrips;
+      constexpr bool kLast = i + 1 == kBlocks;
+      constexpr int kNext = (i + 1) % T::kGroupStrips * T::kStripStageBytes + (i + 1) / T::kGroupStrips * kMoeBlockBytes;
+      if constexpr (kEarly && !kLast) fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
+      const TiledCodes& c = codes[i % 2];
+      const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
+      const uint4 words = c.words;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         decode_half_block(half ? words.y : words.x, half ? words.w : words.z, sf_low, sf_high, a[half]);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          Wgmma<kN>::mma(sum, a[half][step], wgmma_descriptor_of(tokens + (half * 2 + step) * 2));
+          // Adding to all 64 bits is one uniform instruction and no move; to the low half it was three.
+          Wgmma<kN>::mma(sum[strip], a[half][step], wgmma_descriptor_of(first) + (k * (T::kBlockPitch / 16) + (half * 2 + step) * 2));
         wgmma_commit();
       }
-      if (k + 1 < T::kStageBlocks) {
-        if (!kEarly) fetch(k + 1);
-      } else {
-        at.advance();
-        if (kEarly && left > T::kStageBlocks) {
-          wait_stage();
-          fetch(0);
-        }
+      if constexpr (kLast) {
+        if (++stage == T::kStages) stage = 0, phase ^= 1;
+        if (kEarly && left > T::kStageBlocks) begin_stage();
+      } else if constexpr (!kEarly) {
+        fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
       }
       wgmma_wait<0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
-    }
-    if (lane == 0) ptx::mbarrier_arrive(empty);
+    });
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive_at(empty);
   }
+  at.stage = stage, at.phase = phase;
 }
 
 // The same with mma.sync: below three n8 tiles it takes fewer instructions than wgmma with its descriptors, fences and drains, and
 // no warp waits for another.
 template <class T, int kN>
-__device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task,
-                                               TiledRing<T::kStages>& at, float (&sum)[kN / 2], int group, int thread) {
+__device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
+                                               TiledRing<T::kStages>& at, float (&sum)[1][kN / 2], int group, int thread) {
   const int lane = thread % 32;
-  const uint32_t weights = ptx::smem_address(shared.weights) + group * T::kStripStageBytes;
+  const uint32_t weights = ptx::smem_address(tiled_weights<T>(shared, 0)) + group * T::kStripStageBytes;
   const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
-  const uint32_t pitch = task.padded * 128;  // from one block of token rows to the next
-  const uint32_t rows_at = ptx::smem_address(shared.rows) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+  const uint32_t rows_at = ptx::smem_address(tiled_rows<T>(shared, 0)) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+  auto& control = tiled_control<T>(shared);
 #pragma unroll 1
   for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
-    const uint32_t stage = at.stage * T::kWeightBytes;
-    uint32_t rows = rows_at + at.stage * T::kRowBytes;
-    spin_until([&] { return mbarrier_try_wait_long(&shared.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
+    const uint32_t stage_codes = codes_at + at.stage * T::kWeightBytes, stage_scales = scales_at + at.stage * T::kWeightBytes;
+    const uint32_t rows = rows_at + at.stage * T::kRowBytes, far_rows = rows ^ 64;
+    spin_until([&] { return mbarrier_try_wait_long(&control.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
     TiledCodes codes[2];
     uint32_t b[2][kN / 8][8];
-    const auto fetch = [&](int k) {
-      fetch_codes(codes[k % 2], codes_at, scales_at, stage + k * kMoeBlockBytes);
-#pragma unroll
-      for (int tile = 0; tile < kN / 8; ++tile) {
-        load_matrix_x4(b[k % 2][tile], rows + tile * 1024);
-        load_matrix_x4(b[k % 2][tile] + 4, (rows ^ 64) + tile * 1024);
-      }
-      rows += pitch;
+    const auto fetch = [&](auto index) {
+      constexpr int k = decltype(index)::value;
+      fetch_codes<k * kMoeBlockBytes>(codes[k % 2], stage_codes, stage_scales);
+      static_for<kN / 8>([&](auto tile) {
+        constexpr int kAt = k * T::kBlockPitch + decltype(tile)::value * 1024;
+        load_matrix_x4<kAt>(b[k % 2][decltype(tile)::value], rows);
+        load_matrix_x4<kAt>(b[k % 2][decltype(tile)::value] + 4, far_rows);
+      });
     };
-    fetch(0);
-#pragma unroll
-    for (int k = 0; k < T::kStageBlocks; ++k) {
-      if (k + 1 < T::kStageBlocks) fetch(k + 1);
+    fetch(std::integral_constant<int, 0>{});
+    static_for<T::kStageBlocks>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if constexpr (k + 1 < T::kStageBlocks) fetch(std::integral_constant<int, k + 1>{});
       const TiledCodes& c = codes[k % 2];
       const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
 #pragma unroll
@@ -403,103 +468,118 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, typenam
         for (int step = 0; step < 2; ++step)
 #pragma unroll
           for (int tile = 0; tile < kN / 8; ++tile)
-            mma_bf16(&sum[tile * 4], a[step], b[k % 2][tile][half * 4 + step * 2], b[k % 2][tile][half * 4 + step * 2 + 1]);
+            mma_bf16(&sum[0][tile * 4], a[step], b[k % 2][tile][half * 4 + step * 2], b[k % 2][tile][half * 4 + step * 2 + 1]);
       }
-    }
+    });
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.empty[at.stage]);
+    if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.stage]);
     at.advance();
   }
 }
 
 template <class T, int kN>
-__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
-                                           uint32_t phase, TiledRing<T::kStages>& at) {
+__device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
+                                           TiledRing<T::kStages>& at) {
   int tid;  // volatile: keeps addresses of all instances from being hoisted, which costs registers and serialises wgmma
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
   const int group = tid / 128, warp = (tid / 32) % 4, lane = tid % 32, thread = tid % 128;
-  float sum[kN / 2];
+  float sum[T::kGroupStrips][kN / 2];
 #pragma unroll
-  for (int i = 0; i < kN / 2; ++i) sum[i] = 0.0f;
+  for (int s = 0; s < T::kGroupStrips; ++s)
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) sum[s][i] = 0.0f;
   if constexpr (T::kList == TileList::kTiny)
     tiled_sums_mma<T, kN>(args, shared, task, at, sum, group, thread);
   else
     tiled_sums_wgmma<T, kN>(args, shared, task, at, sum, group, thread);
   const TiledWork work = tiled_work<T>(args, task);
-  spin_until([&] { return mbarrier_try_wait_long(&shared.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
-  if (group < work.num_strips) {
-    if (task.is_fc2) {
-      tiled_finish_fc2<kN>(args, task, shared.slot[slot], shared.alpha[slot][2], work.first_strip + group, sum, warp, lane);
-    } else {
-      tiled_finish_fc1<kN>(args, task, shared.rho[slot], shared.alpha[slot], work.first_strip + group, sum, warp, lane);
-      fence_proxy_async_all();  // h: ordinary stores here, copy engine there
-      ptx::named_barrier_sync(1 + group, 128);
-      if (thread == 0) add_release(&tiled_done<T>(args, task), 1);
-    }
+  auto& control = tiled_control<T>(shared);
+  const int slot = task.slot;
+  const uint32_t phase = task.phase;
+  spin_until([&] { return mbarrier_try_wait_long(&control.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
+  const int first = group * T::kGroupStrips, strips = min(T::kGroupStrips, work.num_strips - first);  // none, where the matrix ends before
+#pragma unroll
+  for (int s = 0; s < T::kGroupStrips; ++s) {
+    if (s >= strips) break;
+    const int strip = work.first_strip + first + s;
+    if (task.is_fc2)
+      tiled_finish_fc2<kN>(args, task, control.slot[slot], control.alpha[slot][2], strip, sum[s], warp, lane);
+    else
+      tiled_finish_fc1<kN>(args, task, control.rho[slot], control.alpha[slot], strip, sum[s], warp, lane);
+  }
+  if (!task.is_fc2 && strips > 0) {
+    fence_proxy_async_all();  // h: ordinary stores here, copy engine there
+    ptx::named_barrier_sync(1 + group, 128);
+    if (thread == 0) add_release(&tiled_done<T>(args, task), strips);
   }
 }
 
 // The narrowest instance that holds the tile.
 template <class T, int kN, int... kWider>
-__device__ __forceinline__ void tiled_dispatch(const MoeTiledArgs& args, typename T::Shared& shared, const TiledTask& task, int slot,
-                                               uint32_t phase, TiledRing<T::kStages>& at) {
+__device__ __forceinline__ void tiled_dispatch(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
+                                               TiledRing<T::kStages>& at) {
   if constexpr (sizeof...(kWider) == 0) {
-    tiled_task<T, kN>(args, shared, task, slot, phase, at);
+    tiled_task<T, kN>(args, shared, task, at);
   } else {
     if (task.padded <= kN)
-      tiled_task<T, kN>(args, shared, task, slot, phase, at);
+      tiled_task<T, kN>(args, shared, task, at);
     else
-      tiled_dispatch<T, kWider...>(args, shared, task, slot, phase, at);
+      tiled_dispatch<T, kWider...>(args, shared, task, at);
   }
 }
 
 template <class T>
-__device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, typename T::Shared& shared) {
-  TiledRing<T::kTaskRing> task_at;
+__device__ __forceinline__ void tiled_math(const MoeTiledArgs& args, TiledShared& shared) {
+  auto& control = tiled_control<T>(shared);
   TiledRing<T::kStages> at;
+  int slot = 0;
+  uint32_t phase = 0;
   while (true) {
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[task_at.stage], task_at.phase); }, "moe tiled: a task", 1, 0);
-    const TiledTask& task = shared.task[task_at.stage];  // stays in shared memory: registers are for sums
+    spin_until([&] { return mbarrier_try_wait_long(&control.task_full[slot], phase); }, "moe tiled: a task", 1, 0);
+    const TiledTask& task = control.task[slot];  // stays in shared memory: registers are for sums
     if (task.tile < 0) return;
-    if constexpr (T::kList == TileList::kLarge)
-      tiled_dispatch<T, 56, 64, 72, 80, 88, 96, 104, 112, 120>(args, shared, task, task_at.stage, task_at.phase, at);
+    if constexpr (T::kList == TileList::kTiny)
+      tiled_dispatch<T, 8, 16>(args, shared, task, at);
     else if constexpr (T::kList == TileList::kSmall)
-      tiled_dispatch<T, 24, 32, 40, 48>(args, shared, task, task_at.stage, task_at.phase, at);
+      tiled_dispatch<T, 24, 32, 40, 48>(args, shared, task, at);
     else
-      tiled_dispatch<T, 8, 16>(args, shared, task, task_at.stage, task_at.phase, at);
-    ptx::mbarrier_arrive(&shared.task_empty[task_at.stage]);
-    task_at.advance();
+      tiled_dispatch<T, 56, 64, 72, 80, 88, 96, 104, 112, 120>(args, shared, task, at);
+    TiledRing<kTaskRing> next{task.slot, task.phase};
+    ptx::mbarrier_arrive(&control.task_empty[next.stage]);
+    next.advance();
+    slot = next.stage, phase = next.phase;
   }
 }
 
 // Before the tasks of a list: every thread of the CTA, from its role. False: nothing to do. Lists are independent, a CTA goes to
 // the next when this one has no more tickets.
 template <class T>
-__device__ __forceinline__ bool tiled_begin(const MoeTiledArgs& args, typename T::Shared& shared) {
+__device__ __forceinline__ bool tiled_begin(const MoeTiledArgs& args) {
   if (args.routing.num_tiles[static_cast<int>(T::kList)] == 0) return false;
-  ptx::named_barrier_sync(0, kTiledThreads);  // everybody has left the list before
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], 2);                    // weights and rows
-      ptx::mbarrier_init(&shared.empty[i], 4 * kMathWarpgroups);  // math warps
-    }
-    for (int i = 0; i < T::kTaskRing; ++i) {
-      ptx::mbarrier_init(&shared.task_full[i], 1);
-      ptx::mbarrier_init(&shared.task_empty[i], 2 * kLoaders - 1 + 128 * kMathWarpgroups);
-      ptx::mbarrier_init(&shared.meta_full[i], 32);
-    }
-    ptx::fence_mbarrier_init();
-  }
   fence_proxy_async_all();  // the list before read and wrote this memory in another layout
-  ptx::named_barrier_sync(0, kTiledThreads);
+  __syncwarp();
+  ptx::named_barrier_sync(0, kTiledThreads);  // everybody has left the list before
   return true;
 }
 
+template <class T>
+__device__ __forceinline__ void tiled_init(TiledShared& shared) {
+  auto& control = tiled_control<T>(shared);
+  for (int i = 0; i < T::kStages; ++i) {
+    ptx::mbarrier_init(&control.full[i], 2);                    // weights and rows
+    ptx::mbarrier_init(&control.empty[i], 4 * kMathWarpgroups);  // math warps
+  }
+  for (int i = 0; i < kTaskRing; ++i) {
+    ptx::mbarrier_init(&control.task_full[i], 1);
+    ptx::mbarrier_init(&control.task_empty[i], 2 * kLoaders - 1 + 128 * kMathWarpgroups);
+    ptx::mbarrier_init(&control.meta_full[i], 32);
+  }
+}
+
 template <TileList kList>
-__device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, uint8_t* raw, TiledPhase phase, int loader) {
+__device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase, int loader) {
   using T = TiledTraits<kList>;
-  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
-  if (!tiled_begin<T>(args, shared)) return;
+  if (!tiled_begin<T>(args)) return;
   if (loader >= kLoaders)
     tiled_load_rows<T>(args, shared, phase, loader - kLoaders);
   else if (loader == 0)
@@ -508,10 +588,9 @@ __device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, uint8_t* ra
     tiled_load_weights<T>(args, shared, loader);
 }
 template <TileList kList>
-__device__ __forceinline__ void tiled_compute(const MoeTiledArgs& args, uint8_t* raw) {
+__device__ __forceinline__ void tiled_compute(const MoeTiledArgs& args, TiledShared& shared) {
   using T = TiledTraits<kList>;
-  auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
-  if (tiled_begin<T>(args, shared)) tiled_math<T>(args, shared);
+  if (tiled_begin<T>(args)) tiled_math<T>(args, shared);
 }
 
 static __global__ void __launch_bounds__(kTiledThreads, 1) moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
@@ -519,19 +598,27 @@ static __global__ void __launch_bounds__(kTiledThreads, 1) moe_tiled_kernel(cons
   // shared memory, so it stands at 1 KiB (what the system reserves); wgmma needs the alignment.
   extern __shared__ __align__(1024) uint8_t raw[];
   if (ptx::smem_address(raw) % 1024 != 0) __trap();
+  TiledShared& shared = *reinterpret_cast<TiledShared*>(raw);
+  if (threadIdx.x == 0) {
+    tiled_init<TiledTraits<TileList::kLarge>>(shared);
+    tiled_init<TiledTraits<TileList::kSmall>>(shared);
+    tiled_init<TiledTraits<TileList::kTiny>>(shared);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (threadIdx.x >= 128 * kMathWarpgroups) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoaderRegisters));
     const int loader = static_cast<int>(threadIdx.x / 32) - 4 * kMathWarpgroups;
-    tiled_load<TileList::kLarge>(args, raw, phase, loader);
-    tiled_load<TileList::kSmall>(args, raw, phase, loader);
-    tiled_load<TileList::kTiny>(args, raw, phase, loader);
+    tiled_load<TileList::kLarge>(args, shared, phase, loader);
+    tiled_load<TileList::kSmall>(args, shared, phase, loader);
+    tiled_load<TileList::kTiny>(args, shared, phase, loader);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
-    tiled_compute<TileList::kLarge>(args, raw);
-    tiled_compute<TileList::kSmall>(args, raw);
-    tiled_compute<TileList::kTiny>(args, raw);
+    tiled_compute<TileList::kLarge>(args, shared);
+    tiled_compute<TileList::kSmall>(args, shared);
+    tiled_compute<TileList::kTiny>(args, shared);
   }
 }
 
