@@ -2,7 +2,7 @@
 //
 // Usage of every bench binary: dsv4_bench_gpu_<op> [--json FILE] [--quick]
 //
-// Timing: a graph holds `copies` launches, each on buffers of its own (together larger than L2 for the streaming cases);
+// Timing: a graph holds `copies` launches, each on buffers of its own (together larger than L2 for the streaming cases), short ones four times;
 // after warm-up the graph is replayed `kReplays` times between events; the median of time / copies is reported. Launch gaps are
 // inside, CPU launch cost is not; bandwidth cases are timed with PDL too. Short calls cannot reach the ceiling of a 2 GiB copy, so the
 // time of a copy of their own size stands beside them. Decode-sized cases are timed hot (the data stays in L2) and say so.

@@ -180,9 +180,11 @@ TEST(EmulatedCompressQuantize, DecodeAndAnyChunkingGiveThePrefillsBytesAndState)
     const auto whole = run_chunks(s, formats, {0}, GpuContext{});
     for (const std::vector<int64_t>& chunks : {decode_chunks(kind), {3, 0}, {4, 1, 1, 2, 0}, {130, 1, 1, 5, 0}, {2, 7, 1, 9, 3, 1, 0}}) {
       SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", first chunk " + std::to_string(chunks[0]));
-      const auto got = run_chunks(s, formats, chunks, GpuContext{});
-      expect_same_bytes("pages", got->image, whole->image);
-      expect_same_state(*got, *whole);
+      for (const int num_sms : {132, 0}) {  // a decode call that starts all at once, and a long one: two orders of loads
+        const auto got = run_chunks(s, formats, chunks, GpuContext{.num_sms = num_sms});
+        expect_same_bytes("pages", got->image, whole->image);
+        expect_same_state(*got, *whole);
+      }
     }
   }
 }

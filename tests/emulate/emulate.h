@@ -205,7 +205,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 inline uint32_t __float_as_uint(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
@@ -216,8 +215,13 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 template <class T>
 T __ldg(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+T __ldcg(const T* pointer) {
   return *pointer;
 }
 template <class T>

@@ -156,6 +156,47 @@ TEST(GpuCompressQuantize, DecodeAndAnyChunkingGiveThePrefillsBytes) {
   }
 }
 
+// Short calls read the state and the indices before the predecessor is done (compressor_gpu.h), long ones (here: of a machine without
+// multiprocessors) after. Two sequences take turns, so that no call reads what the one before it writes.
+TEST(GpuCompressQuantize, DependentDecodeOfAlternatingSequencesGivesThePrefillsBytes) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const CompressorKind kind : kKinds)
+    for (const bool early : {true, false}) {
+      SCOPED_TRACE(std::to_string(static_cast<int>(kind)) + (early ? " early" : " late"));
+      const Sequence s(kind, test_tokens(kind));
+      const Formats formats{KvFormat::kNvfp4, IndexFormat::kFp4};
+      const std::vector<uint8_t> want = gpu_pages(machine, s, formats, {0});
+      const PageLayout layout = kind == CompressorKind::kIndexer ? index_page_layout(formats.index) : kv_page_layout(formats.kv);
+      constexpr int kRowsPerPage = 2;
+      DevicePages pages{nullptr, (kRowsPerPage * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, kRowsPerPage, static_cast<int32_t>(s.num_windows())};
+      DeviceArray<float> value(machine, s.value), gate(machine, s.gate), ape(machine, s.ape), table(machine, s.table);
+      DeviceArray<bf16> norm(machine, s.norm_bf16);
+      const int64_t state_elems = int64_t{s.traits.state_rows} * s.traits.width;
+      DeviceArray<float> state_value(machine, 2 * state_elems), state_gate(machine, 2 * state_elems);
+      DeviceArray<uint8_t> first_image(machine, std::vector<uint8_t>(want.size(), 0xa5)), second_image(machine, std::vector<uint8_t>(want.size(), 0xa5));
+      reset_compressor_states(kind, state_value.data(), state_gate.data(), 2, machine.gpu);
+      std::vector<int32_t> positions, windows;
+      for (int64_t p = 0; p < s.num_tokens; ++p) {
+        positions.push_back(static_cast<int32_t>(p));
+        windows.push_back(static_cast<int32_t>(p / s.traits.ratio));
+      }
+      DeviceArray<int32_t> device_positions(machine, positions), device_windows(machine, windows), states(machine, std::vector<int32_t>{0, 1});
+      GpuContext context = machine.gpu;
+      context.dependent = true;
+      if (!early) context.num_sms = 0;
+      for (int64_t p = 0; p < s.num_tokens; ++p)
+        for (const int sequence : {0, 1}) {
+          pages.base = sequence == 0 ? first_image.data() : second_image.data();
+          const CompressCommon common{kind,          value.data() + p * s.traits.width, gate.data() + p * s.traits.width, ape.data(), norm.data(), table.data(), state_value.data(),
+                                      state_gate.data(), 1e-6f, pages, formats.kv, formats.index};
+          compress_quantize(CompressDecodeArgs{common, device_positions.data() + p, states.data() + sequence, device_windows.data() + p, device_windows.data() + p, 1}, context);
+        }
+      expect_same_bytes(first_image.host(), want, "first sequence");
+      expect_same_bytes(second_image.host(), want, "second sequence");
+    }
+}
+
 TEST(GpuCompressQuantize, CacheRowsEqualTheCpuCodecOfTheFinishedRow) {
   DSV4_NEEDS_GPU();
   Machine machine;

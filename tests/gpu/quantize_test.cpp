@@ -179,9 +179,36 @@ TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
     }
 }
 
+// What the quick sum of squares (quantize_kernels.cuh) must leave to the careful one: rows of zeros, subnormals, magnitudes from 2^-133 to
+// 2^127, infinities and NaN; and tiny elements beside ordinary ones, which it may lose.
+TEST(GpuQuantizeRing, NormalisedRowsOfExtremesEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const GlobalMode mode : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
+    const Case c{2200, 512, RowFormat::kNvfp4, mode};
+    std::vector<float> x = random_rows(c.rows, c.cols, 9);
+    for (int64_t row = 0; row < c.rows; ++row)
+      for (int64_t col = 0; col < c.cols; ++col) {
+        float& value = x[static_cast<size_t>(row * c.cols + col)];
+        if (row % 7 < 4) value = std::ldexp(value, static_cast<int>(row % 260) - 133);
+        if (row % 7 == 4 && (row % 2 || col % 3 == 0)) value = col % 2 ? 0.0f : -0.0f;
+        if (row % 7 == 5 && col % 5 != 0) value = std::ldexp(value, -static_cast<int>(col % 133));
+        if (row % 7 == 6 && col == row % c.cols) value = row % 2 ? NAN : INFINITY;
+      }
+    const std::vector<bf16> rows = to_bf16(x), weight = to_bf16(random_rows(1, c.cols, 4));
+    DeviceArray<bf16> device_x(machine, rows), device_weight(machine, weight);
+    for (const float eps : {1e-6f, 1e-37f})
+      expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : rows.data(), false, kGpu ? device_weight.data() : weight.data(), eps, c.rows, c.cols, c.cols, out}, context);
+      });
+  }
+}
+
 TEST(GpuQuantizeRing, SwigluRowsEqualReference) {
   DSV4_NEEDS_GPU();
   Machine machine;
+  machine.gpu.num_sms = 2;  // of a small machine this is a long call
   for (const bool weighted : {true, false}) {
     const Case c{2200, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow};
     const std::vector<bf16> gate = to_bf16(rows_with_nan(c, 6)), up = to_bf16(random_rows(c.rows, c.cols, 7));

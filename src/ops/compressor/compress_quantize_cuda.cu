@@ -52,6 +52,11 @@ __device__ __forceinline__ Float4 load4(const float* pointer) {
   const float4 v = *reinterpret_cast<const float4*>(pointer);
   return {{v.x, v.y, v.z, v.w}};
 }
+// Past L1, which may hold what an earlier kernel left there: for what is read before the predecessor is done.
+__device__ __forceinline__ Float4 load4_l2(const float* pointer) {
+  const float4 v = __ldcg(reinterpret_cast<const float4*>(pointer));
+  return {{v.x, v.y, v.z, v.w}};
+}
 __device__ __forceinline__ void store4(float* pointer, const Float4& v) { *reinterpret_cast<float4*>(pointer) = {v.v[0], v.v[1], v.v[2], v.v[3]}; }
 
 // What a thread writes of a token's projections into its ring row; loaded early, stored when everything else has arrived too.
@@ -98,22 +103,32 @@ __device__ __forceinline__ void store_token(const Window& window, int64_t positi
 // e^(x - max) for x <= max, by the hardware's 2^x (2 ulp, nothing below 2^-126 counts); 0 when x is -inf.
 __device__ __forceinline__ float exp_below(float x, float max) { return x == -INFINITY ? 0.0f : ptx::exp2_approx((x - max) * 1.44269504f); }
 
-// Value and gate of a slot of the window that ends before window_end.
+// A slot of the window that ends before window_end.
+struct Slot {
+  int64_t position;
+  int channel;  // of a token's or a ring row's
+};
 template <class T>
-__device__ __forceinline__ void load_slot(const CompressCommon& args, const Window& window, int64_t window_end, int slot, int channel, Float4& value, Float4& gate) {
-  const int64_t position = window_end - T::kSlots + slot;
-  const int c = channel + (T::kOverlap && slot >= T::kShape.ratio ? T::kShape.dim : 0);
-  if (position >= window.first_fresh) {
-    const int64_t at = (position - window.first_fresh) * T::kShape.width + c;
-    value = load4(window.value + at);
-    gate = load4(window.gate + at);
-    const Float4 bias = load4(args.ape + static_cast<uint32_t>(position) % T::kShape.ratio * T::kShape.width + c);
+__device__ __forceinline__ Slot slot_at(int64_t window_end, int slot, int channel) {
+  return {window_end - T::kSlots + slot, channel + (T::kOverlap && slot >= T::kShape.ratio ? T::kShape.dim : 0)};
+}
+// Its value and gate, from the projections.
+template <class T>
+__device__ __forceinline__ void load_fresh(const CompressCommon& args, const Window& window, const Slot& slot, Float4& value, Float4& gate) {
+  const int64_t at = (slot.position - window.first_fresh) * T::kShape.width + slot.channel;
+  value = load4(window.value + at);
+  gate = load4(window.gate + at);
+  const Float4 bias = load4(args.ape + static_cast<uint32_t>(slot.position) % T::kShape.ratio * T::kShape.width + slot.channel);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) gate.v[i] += bias.v[i];
-  } else if (position >= 0) {
-    const int64_t at = static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width + c;
-    value = load4(window.state_value + at);
-    gate = load4(window.state_gate + at);
+  for (int i = 0; i < 4; ++i) gate.v[i] += bias.v[i];
+}
+// From the state.
+template <class T>
+__device__ __forceinline__ void load_kept(const Window& window, const Slot& slot, Float4& value, Float4& gate) {
+  if (slot.position >= 0) {
+    const int64_t at = static_cast<uint32_t>(slot.position) % T::kShape.state_rows * T::kShape.width + slot.channel;
+    value = load4_l2(window.state_value + at);
+    gate = load4_l2(window.state_gate + at);
   } else {  // before the sequence: vanishes
     value = {};
     gate = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
@@ -146,14 +161,27 @@ __device__ __forceinline__ Pooled from_lane_xor(const Pooled& a, int mask) {
   return b;
 }
 
-// The pooled channels, in the threads below kLanes (HCA: in both halves of warp 0). loaded() is called when the loads have arrived.
-template <class T, class Loaded>
-__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared, const Loaded& loaded) {
+// The pooled channels, in the threads below kLanes (HCA: in both halves of warp 0). await_projections() is called when everything else is
+// on its way, loaded() when all has arrived.
+template <class T, bool kDecode, class Await, class Loaded>
+__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared, const Await& await_projections,
+                                       const Loaded& loaded) {
   const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
   const int channel = first_channel + lane * 4;
   Float4 gates[T::kSlotsPerThread], values[T::kSlotsPerThread];
 #pragma unroll
-  for (int j = 0; j < T::kSlotsPerThread; ++j) load_slot<T>(args, window, window.position + 1, group * T::kSlotsPerThread + j, channel, values[j], gates[j]);
+  for (int j = 0; j < T::kSlotsPerThread; ++j) {
+    const Slot slot = slot_at<T>(window.position + 1, group * T::kSlotsPerThread + j, channel);
+    if (slot.position < window.first_fresh)
+      load_kept<T>(window, slot, values[j], gates[j]);
+    else if (!kDecode)
+      load_fresh<T>(args, window, slot, values[j], gates[j]);
+  }
+  await_projections();
+  if constexpr (kDecode) {  // only the newest token is fresh
+    const Slot slot = slot_at<T>(window.position + 1, (group + 1) * T::kSlotsPerThread - 1, channel);
+    if (slot.position >= window.first_fresh) load_fresh<T>(args, window, slot, values[T::kSlotsPerThread - 1], gates[T::kSlotsPerThread - 1]);
+  }
   Pooled pooled;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -277,22 +305,23 @@ __device__ __forceinline__ void hadamard128(float (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i] *= factor;
 }
 
-template <class T, class Loaded>
+template <class T, bool kDecode, class Await, class Loaded>
 __device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel, uint2 norm_weight, typename T::SharedStorage& shared,
-                                     const Loaded& loaded) {
+                                     const Await& await_projections, const Loaded& loaded) {
   if constexpr (T::kClusterCtas > 1) {
     if (threadIdx.x == 0) {
       ptx::mbarrier_init(&shared.squares_barrier, 1);
       ptx::fence_mbarrier_init();
-      ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, sizeof(shared.square_sums));
     }
+    __syncwarp();  // racecheck takes the barrier's instructions for those of different lanes
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, sizeof(shared.square_sums));
     __syncwarp();
     ptx::cluster_arrive();
   }
   const Rotation rotation = fetch_rotation<T>(args, window, first_channel);
   const RowAddress address =
       row_address(args.pages, T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format), window.slot);
-  Float4 x = pool<T>(args, window, first_channel, shared, loaded);
+  Float4 x = pool<T, kDecode>(args, window, first_channel, shared, await_projections, loaded);
   if constexpr (T::kClusterCtas > 1) ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
   if (threadIdx.x >= 32 * T::kActiveWarps) return;
   finish<T>(args, norm_weight, rotation, first_channel, x, shared);
@@ -305,30 +334,44 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
   }
 }
 
+// early: only the projections are left for after the wait (compressor_gpu.h); for calls that start all at once, because it makes them a
+// load that depends on another.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecodeArgs args) {
+__global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecodeArgs args, const bool early) {
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   const int token = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
   const CompressCommon& common = args.common;
-  const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);  // does not depend on the predecessor
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  const int64_t state = int64_t{args.states[token]} * T::kShape.state_rows * T::kShape.width;
+  const auto await = [] {
+    ptx::griddepcontrol_wait();
+    ptx::griddepcontrol_launch_dependents();
+  };
+  const auto index = [&](const int32_t* indices) { return early ? __ldcg(indices + token) : indices[token]; };
+  const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);
+  if (!early) await();
+  const int64_t state = int64_t{index(args.states)} * T::kShape.state_rows * T::kShape.width;
   Window window{};
-  window.position = args.positions[token];
-  window.rope_row = args.rope_rows[token];
-  window.slot = args.slots[token];
+  window.position = index(args.positions);
+  window.rope_row = index(args.rope_rows);
+  window.slot = index(args.slots);
   window.first_fresh = window.position;  // this token itself is read from the projections, not back from the state
   window.value = common.value + int64_t{token} * T::kShape.width;
   window.gate = common.gate + int64_t{token} * T::kShape.width;
   window.state_value = common.state_value + state;
   window.state_gate = common.state_gate + state;
-  const TokenPieces<T> pieces = load_token<T>(common, window, window.position, first_channel);
+  TokenPieces<T> pieces;
+  if (!early) pieces = load_token<T>(common, window, window.position, first_channel);
+  const auto await_projections = [&] {
+    if (!early) return;
+    await();
+    pieces = load_token<T>(common, window, window.position, first_channel);
+  };
   const auto store = [&] { store_token<T>(window, window.position, first_channel, pieces); };
-  if ((window.position + 1) % T::kShape.ratio == 0)
-    emit<T>(common, window, first_channel, norm_weight, shared, store);  // the whole cluster
-  else
+  if ((window.position + 1) % T::kShape.ratio == 0) {
+    emit<T, true>(common, window, first_channel, norm_weight, shared, await_projections, store);  // the whole cluster
+  } else {
+    await_projections();
     store();
+  }
 }
 
 template <class T>
@@ -348,7 +391,7 @@ __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPref
   window.state_gate = common.state_gate;
   window.rope_row = args.rope_rows[index];
   window.slot = args.slots[index];
-  emit<T>(common, window, first_channel, norm_weight, shared, [] {});
+  emit<T, false>(common, window, first_channel, norm_weight, shared, [] {}, [] {});
 }
 
 // After the windows: the last tokens of the chunk go into the ring. One CTA per token and part of the channels.
@@ -384,7 +427,8 @@ gpu::LaunchConfig config_for(int64_t jobs, size_t smem_bytes, const GpuContext& 
 
 template <class T>
 void run(const CompressDecodeArgs& args, const GpuContext& context) {
-  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args);
+  const bool early = args.num_tokens * T::kClusterCtas <= 2 * context.num_sms;
+  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args, early);
 }
 
 template <class T>

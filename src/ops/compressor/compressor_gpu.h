@@ -7,6 +7,8 @@
 
 namespace dsv4 {
 
+// With context.dependent only value and gate may come from the kernel right before: positions, states, rope_rows, slots and the state itself
+// are read while it still runs.
 void compress_quantize(const CompressDecodeArgs& args, const GpuContext& context);
 void compress_quantize(const CompressPrefillArgs& args, const GpuContext& context);
 

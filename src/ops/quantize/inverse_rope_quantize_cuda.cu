@@ -61,7 +61,7 @@ struct InverseRopeSource {
 
   // Staged: vectors, then the token's cosines and sines. The rotated vectors come last, so that most rounds of a warp have none.
   __host__ bool stageable() const { return by_plain_vecs.divisor < head_vecs && first_rope_vec >= 8 && reinterpret_cast<uintptr_t>(cos_sin) % 16 == 0; }
-  __host__ uint32_t extra_bytes() const { return num_pairs * 8; }
+  __host__ uint32_t extra_bytes(uint32_t) const { return num_pairs * 8; }
   __device__ __forceinline__ int32_t ahead(uint32_t row) const { return positions[token_of(row)]; }
   __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t count) const {
     const uint32_t in_front = count / head_vecs * by_plain_vecs.divisor;

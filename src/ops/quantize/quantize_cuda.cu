@@ -24,7 +24,7 @@ struct Bf16Source {
   __device__ __forceinline__ Vector16 vector(const Raw& raw, uint32_t, uint32_t, float) const { return vector_of_pairs(raw.low, raw.high); }
 
   __host__ bool stageable() const { return true; }
-  __host__ uint32_t extra_bytes() const { return 0; }
+  __host__ uint32_t extra_bytes(uint32_t) const { return 0; }
   __device__ __forceinline__ int32_t ahead(uint32_t) const { return 0; }
   __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t) const { return i; }
   __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t) const {

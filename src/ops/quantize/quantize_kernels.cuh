@@ -36,6 +36,7 @@ struct SourceTraits {
   bool ring_stream = false, ring_tiled = false, ring_rows = false, ring_norm = false;
   bool settles = false;       // values cost so much that a second pass finds them in the stage
   uint32_t vec_bytes = 32;    // of a vector's inputs
+  uint32_t ring_rows_from = 0;  // vectors per multiprocessor from which on rows that must be seen whole go to the ring
 };
 
 constexpr int kStreamThreads = 256;

@@ -21,9 +21,11 @@ inline uint32_t ring_smem_limit() {
   return static_cast<uint32_t>(bytes);
 }
 
-inline uint32_t ring_smem_bytes(const RingPlan& plan, uint32_t stage_bytes, bool tiled) {
-  return plan.warps * (plan.stages * stage_bytes + kRingMaxStages * 8 + (tiled ? 2 : 1) * plan.piece_vecs);
+// weight_vecs: vectors of norm weights, or 0.
+inline uint32_t ring_smem_bytes(const RingPlan& plan, uint32_t stage_bytes, bool tiled, uint32_t weight_vecs) {
+  return plan.warps * (plan.stages * stage_bytes + kRingMaxStages * 8 + (tiled ? 2 : 1) * plan.piece_vecs) + weight_vecs * 64;
 }
+inline bool has_norm(RingMode mode) { return mode == RingMode::kNorm || mode == RingMode::kNormRowGlobal; }
 
 // Crossovers measured on an H200 (docs/kernels/quantize.md).
 template <class Source>
@@ -34,16 +36,18 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
   const bool aligned = reinterpret_cast<uintptr_t>(out.codes) % 16 == 0 && reinterpret_cast<uintptr_t>(out.sf) % 16 == 0;
   if (shape.vecs_per_row % 32 != 0 || !aligned || !source.stageable()) return {};
   const uint32_t limit = ring_smem_limit();
-  const auto smem_of = [&](const RingPlan& plan) { return ring_smem_bytes(plan, plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(), tiled); };
+  const auto smem_of = [&](const RingPlan& plan) {
+    return ring_smem_bytes(plan, plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(plan.piece_vecs), tiled, has_norm(mode) ? shape.vecs_per_row : 0);
+  };
   if (mode == RingMode::kStream) {
     const RingPlan plan = tiled ? (is_long ? RingPlan{kTiledWarps, 2, 256, 1} : RingPlan{kTiledWarps, 3, 128, 1})
-                          : Source::kTraits.settles ? RingPlan{16, 1, 256, 1} : RingPlan{24, 1, 64, 2};
+                          : Source::kTraits.settles ? RingPlan{is_long ? 24u : 16u, 1, 256, 1} : RingPlan{24, 1, 64, 2};
     // Shorter calls start and end sooner without the ring, unless a predecessor hides the start.
     const bool pays = is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent));
     return pays && smem_of(plan) <= limit ? plan : RingPlan{};
   }
   // A warp per row: the number of warps that leaves the fewest idle in the last round. Few rows: a CTA per row is done sooner.
-  if (shape.num_rows <= 16 * sms) return {};
+  if (shape.num_rows <= 16 * sms || shape.num_vecs / sms < Source::kTraits.ring_rows_from) return {};
   RingPlan plan;
   uint32_t best = ~0u;
   for (const uint32_t warps : {24u, 16u, 12u, 8u, 6u}) {
@@ -62,12 +66,12 @@ void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeS
   const uint32_t parts = (shape.vecs_per_row + plan.piece_vecs - 1) / plan.piece_vecs;
   ring.stages = plan.stages;
   ring.piece_vecs = plan.piece_vecs;
-  ring.stage_bytes = plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes();
+  ring.stage_bytes = plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(plan.piece_vecs);
   ring.by_parts = gpu::FastDiv(parts);
   ring.tiles = (shape.sf_matrix_rows + 127) / 128;
   ring.by_tiles = gpu::FastDiv(ring.tiles);
   ring.num_units = (kTiled ? shape.num_rows / shape.sf_matrix_rows * ring.tiles * 16 : shape.num_rows) * parts;
-  const auto smem = static_cast<int>(ring_smem_bytes(plan, ring.stage_bytes, kTiled));
+  const auto smem = static_cast<int>(ring_smem_bytes(plan, ring.stage_bytes, kTiled, has_norm(kMode) ? shape.vecs_per_row : 0));
   const uint32_t ctas = kTiled ? ring.num_units : (ring.num_units + plan.warps - 1) / plan.warps;
   const auto kernel = quantize_ring<Source, kFormat, kMode, kTiled, kMaxThreads>;
   gpu::allow_smem(kernel, smem);

@@ -6,7 +6,7 @@
 //
 // A StagedSource adds to a Source of quantize_kernels.cuh:
 //   bool stageable() const;                   // these arguments allow it
-//   uint32_t extra_bytes() const;             // of a stage, behind the vectors; a multiple of 16
+//   uint32_t extra_bytes(uint32_t piece_vecs) const;   // of a stage, behind the vectors; a multiple of 16
 //   int32_t ahead(uint32_t row) const;        // loaded early, handed to queue()
 //   void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t ahead) const;   // one lane
 //   void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const;                                            // one lane
@@ -38,7 +38,7 @@ struct RingPiece {
   bool exists, valid;  // exists, but pads a 128x4 matrix: not valid
 };
 
-template <bool kTiled>
+template <bool kTiled, bool kWholeRows>
 __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, const RingShape& ring, uint32_t step) {
   const uint32_t warp = threadIdx.x / 32;
   RingPiece piece;
@@ -52,8 +52,8 @@ __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, cons
     piece.valid = piece.exists && m < shape.sf_matrix_rows;
   } else {
     const uint32_t unit = (step * gridDim.x + blockIdx.x) * (blockDim.x / 32) + warp;
-    piece.row = ring.by_parts.quotient(unit);
-    piece.first_vec = (unit - piece.row * ring.by_parts.divisor) * ring.piece_vecs;
+    piece.row = kWholeRows ? unit : ring.by_parts.quotient(unit);
+    piece.first_vec = kWholeRows ? 0 : (unit - piece.row * ring.by_parts.divisor) * ring.piece_vecs;
     piece.exists = piece.valid = unit < ring.num_units;
   }
   return piece;
@@ -97,6 +97,68 @@ __device__ __forceinline__ void store_bf16_vector(uint8_t* to, const Vector16& v
   reinterpret_cast<uint4*>(to)[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
 }
 
+// ---- the norm of a staged bf16 row ----
+
+// Magnitudes of a bf16 pair times 2^-384 as binary64, put together from their bits: no conversion, which would take eight times as long
+// as other instructions. Exact for normal numbers; zeros and subnormals become less than 2^-510, infinities and NaN at least 2^-256.
+__device__ __forceinline__ double low_scaled_magnitude(uint32_t pair) { return __hiloint2double(static_cast<int>(ptx::and_or(pair << 13, 0x0fffe000u, 0x20000000u)), 0); }
+__device__ __forceinline__ double high_scaled_magnitude(uint32_t pair) { return __hiloint2double(static_cast<int>(ptx::and_or(pair >> 3, 0x0fffe000u, 0x20000000u)), 0); }
+// Whether a sum of their squares, times 2^768, is that of the numbers: what zeros and subnormals add is lost in it, and nothing infinite is.
+__device__ __forceinline__ bool scaled_squares_hold(double sum) { return sum > 0x1p-868 && sum < 0x1p-518; }
+
+// Sum of squares; every lane gets it.
+__device__ __forceinline__ double staged_squares(const uint8_t* stage, uint32_t count) {
+  const uint4* pieces = reinterpret_cast<const uint4*>(stage);
+  const auto sum_of = [&](const auto& add) {
+    double sums[4] = {};
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % 32; i < 2 * count; i += 64) {  // count is a multiple of 32
+      const uint4 near = pieces[i], far = pieces[i + 32];
+      const uint32_t pairs[8] = {near.x, near.y, near.z, near.w, far.x, far.y, far.z, far.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) add(pairs[j], sums[2 * j % 4], sums[(2 * j + 1) % 4]);
+    }
+    double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    return sum;
+  };
+  const double scaled = sum_of([](uint32_t pair, double& low_sum, double& high_sum) {
+    const double low = low_scaled_magnitude(pair), high = high_scaled_magnitude(pair);
+    low_sum = __fma_rn(low, low, low_sum);
+    high_sum = __fma_rn(high, high, high_sum);
+  });
+  if (scaled_squares_hold(scaled)) return scaled * 0x1p768;
+  return sum_of([](uint32_t pair, double& low_sum, double& high_sum) {
+    const double low = ptx::low_bf16(pair), high = ptx::high_bf16(pair);
+    low_sum = __fma_rn(low, low, low_sum);
+    high_sum = __fma_rn(high, high, high_sum);
+  });
+}
+
+// Norm weights, widened once per CTA: quad k of vector v at [k * vecs + v].
+__device__ __forceinline__ void stage_weights(float4* weights, const bf16* from, uint32_t vecs) {
+  for (uint32_t i = threadIdx.x; i < 2 * vecs; i += blockDim.x) {
+    const uint4 piece = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    float4* to = weights + i % 2 * 2 * vecs + i / 2;
+    to[0] = {ptx::low_bf16(piece.x), ptx::high_bf16(piece.x), ptx::low_bf16(piece.y), ptx::high_bf16(piece.y)};
+    to[vecs] = {ptx::low_bf16(piece.z), ptx::high_bf16(piece.z), ptx::low_bf16(piece.w), ptx::high_bf16(piece.w)};
+  }
+}
+// normalized(), of a staged vector.
+__device__ __forceinline__ Vector16 staged_normalized(const Vector16& v, const float4* weights, uint32_t vecs, uint32_t vec, float factor) {
+  uint32_t pairs[8];
+  const float4* at = weights + vec;
+#pragma unroll
+  for (int k = 0; k < 4; ++k, at += vecs) {
+    const float4 w = *at;
+    const float* x = v.x + 4 * k;
+    pairs[2 * k] = ptx::cvt_bf16x2(w.x * (x[0] * factor), w.y * (x[1] * factor));
+    pairs[2 * k + 1] = ptx::cvt_bf16x2(w.z * (x[2] * factor), w.w * (x[3] * factor));
+  }
+  return vector_of_pairs(pairs);
+}
+
 template <int kValue>
 struct Rounds {
   static constexpr int value = kValue;
@@ -115,13 +177,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
                                                                 const RowNorm norm) {
   constexpr bool kNorm = kMode == RingMode::kNorm || kMode == RingMode::kNormRowGlobal;
   constexpr bool kRowGlobal = kMode == RingMode::kRowGlobal || kMode == RingMode::kNormRowGlobal;
+  constexpr bool kWholeRows = kMode != RingMode::kStream;  // one stage, one piece a row
   extern __shared__ __align__(128) uint8_t ring_smem[];
   const uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint8_t* const stages = ring_smem + warp * ring.stages * ring.stage_bytes;
   uint64_t* const full = reinterpret_cast<uint64_t*>(ring_smem + warps * ring.stages * ring.stage_bytes) + warp * kRingMaxStages;
   uint8_t* const sf_all = ring_smem + warps * (ring.stages * ring.stage_bytes + kRingMaxStages * 8);  // [kTiled ? 2 : 1][warps][piece_vecs]
+  float4* const weights = reinterpret_cast<float4*>(sf_all + warps * ring.piece_vecs);                // kNorm: [4][vecs_per_row]
 
-  const auto count_of = [&](const RingPiece& piece) { return min(ring.piece_vecs, shape.vecs_per_row - piece.first_vec); };
+  const auto count_of = [&](const RingPiece& piece) { return kWholeRows ? shape.vecs_per_row : min(ring.piece_vecs, shape.vecs_per_row - piece.first_vec); };
   const auto queue = [&](const RingPiece& piece, uint32_t stage, int32_t ahead) {
     source.queue(stages + stage * ring.stage_bytes, full + stage, piece.row, piece.first_vec, count_of(piece), ahead);
   };
@@ -130,38 +194,45 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
     for (uint32_t s = 0; s < ring.stages; ++s) {
       ptx::mbarrier_init(full + s, 1);
       // L2 is where all writes meet: a prefetch into it is no read and may run ahead of the kernel that still writes these rows.
-      const RingPiece piece = ring_piece<kTiled>(shape, ring, s);
+      const RingPiece piece = ring_piece<kTiled, kWholeRows>(shape, ring, s);
       if (piece.valid) source.prefetch_piece(piece.row, piece.first_vec, count_of(piece));
     }
     ptx::fence_mbarrier_init();
   }
-  __syncwarp();
+  if constexpr (kNorm) {
+    stage_weights(weights, norm.weight, shape.vecs_per_row);
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   if (lane == 0)
 #pragma unroll 1
     for (uint32_t s = 0; s < ring.stages; ++s) {
-      const RingPiece piece = ring_piece<kTiled>(shape, ring, s);
+      const RingPiece piece = ring_piece<kTiled, kWholeRows>(shape, ring, s);
       if (piece.valid) queue(piece, s, source.ahead(piece.row));
     }
 
   const auto global_of = [&](const RingPiece& piece) {
     return out.global_mode == GlobalMode::kPerRow && piece.valid ? out.global[piece.row] : out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
   };
-  RingPiece next = ring_piece<kTiled>(shape, ring, 0);
+  RingPiece next = ring_piece<kTiled, kWholeRows>(shape, ring, 0);
   float next_global = global_of(next), next_factor = next.valid ? source.row_factor(next.row) : 1.0f;
+  float rcp6 = nvfp4_rcp6({next_global});
+  bool plain = nvfp4_global_is_plain(next_global);
   uint32_t stage = 0, phases = 0;
 #pragma unroll 1
   for (uint32_t step = 0; next.exists; ++step) {
     const RingPiece piece = next;
     const float row_factor = next_factor;
     float global = next_global;
-    next = ring_piece<kTiled>(shape, ring, step + 1);
+    next = ring_piece<kTiled, kWholeRows>(shape, ring, step + 1);
     next_global = global_of(next);
     if (next.valid) next_factor = source.row_factor(next.row);
     const uint32_t count = count_of(piece);
     uint8_t* const sf = sf_all + ((kTiled ? step % 2 * warps : 0) + warp) * ring.piece_vecs;
-    const RingPiece later = ring_piece<kTiled>(shape, ring, step + ring.stages);
+    const RingPiece later = kWholeRows ? next : ring_piece<kTiled, kWholeRows>(shape, ring, step + ring.stages);
     const int32_t ahead = later.valid ? source.ahead(later.row) : 0;
     if (piece.valid) {
       uint8_t* const data = stages + stage * ring.stage_bytes;
@@ -170,22 +241,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
       phases ^= 1u << stage;
 
       float factor = 0;
-      if constexpr (kNorm) {
-        double sums[4] = {};
-#pragma unroll 1
-        for (uint32_t i = lane; i < count; i += 32) {
-          const Vector16 v = source.staged(data, count, i, row_factor);
-#pragma unroll
-          for (int j = 0; j < 16; ++j) sums[j % 4] = __fma_rn(static_cast<double>(v.x[j]), static_cast<double>(v.x[j]), sums[j % 4]);
-        }
-        double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-#pragma unroll
-        for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-        factor = norm_factor(sum, shape.vecs_per_row, norm.eps);
-      }
+      if constexpr (kNorm) factor = norm_factor(staged_squares(data, count), shape.vecs_per_row, norm.eps);
       const auto read = [&](uint32_t vec) {
         const Vector16 v = source.staged(data, count, vec, row_factor);
-        if constexpr (kNorm) return normalized(v, norm.weight, vec, factor);
+        if constexpr (kNorm) return staged_normalized(v, weights, shape.vecs_per_row, vec, factor);
         return v;
       };
       if constexpr (kRowGlobal) {
@@ -207,8 +266,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
         global = nvfp4_global_scale(__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)))).value;
         if (lane == 0) out.row_global[piece.row] = global;
       }
-      const float rcp6 = nvfp4_rcp6({global});
-      const bool plain = nvfp4_global_is_plain(global);
+      if (kRowGlobal || out.global_mode == GlobalMode::kPerRow) {
+        rcp6 = nvfp4_rcp6({global});
+        plain = nvfp4_global_is_plain(global);
+      }
       for_rounds(count, [&](auto rounds, uint32_t i) {
         constexpr int kVecs = decltype(rounds)::value;
         Vector16 v[kVecs];
@@ -243,7 +304,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
       __syncthreads();
       write_sf_set(out, shape, ring, step, sf_all + step % 2 * warps * ring.piece_vecs);
     }
-    stage = stage + 1 == ring.stages ? 0 : stage + 1;
+    if (!kWholeRows) stage = stage + 1 == ring.stages ? 0 : stage + 1;
   }
 }
 

@@ -15,7 +15,7 @@ struct SwigluSource {
   uint32_t stride;   // 16-byte pieces
   float limit;
 
-  static constexpr SourceTraits kTraits{.has_rows = kWeighted, .stream_ctas = 3, .ring_rows = kBf16Limit, .settles = true, .vec_bytes = 64};
+  static constexpr SourceTraits kTraits{.has_rows = kWeighted, .stream_ctas = 3, .ring_rows = kBf16Limit, .settles = true, .vec_bytes = 64, .ring_rows_from = 48 << 10};
   struct Raw {
     uint4 gate[2], up[2];
   };
@@ -59,7 +59,7 @@ struct SwigluSource {
 
   // Staged: the gates of a piece, then its ups.
   __host__ bool stageable() const { return true; }
-  __host__ uint32_t extra_bytes() const { return 0; }
+  __host__ uint32_t extra_bytes(uint32_t piece_vecs) const { return piece_vecs * 4; }  // largest magnitudes, between the passes
   __device__ __forceinline__ int32_t ahead(uint32_t) const { return 0; }
   __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t) const { return i; }
   __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t) const {
@@ -84,6 +84,7 @@ struct SwigluSource {
     low[1] = {v.x[4], v.x[5], v.x[6], v.x[7]};
     high[0] = {v.x[8], v.x[9], v.x[10], v.x[11]};
     high[1] = {v.x[12], v.x[13], v.x[14], v.x[15]};
+    reinterpret_cast<float*>(stage + count * kTraits.vec_bytes)[vec] = v.amax;
   }
   __device__ __forceinline__ Vector16 settled(const uint8_t* stage, uint32_t count, uint32_t vec) const {
     const auto* low = reinterpret_cast<const float4*>(stage + vec * 32);
@@ -92,7 +93,7 @@ struct SwigluSource {
     Vector16 v;
 #pragma unroll
     for (int j = 0; j < 4; ++j) v.x[4 * j] = quads[j].x, v.x[4 * j + 1] = quads[j].y, v.x[4 * j + 2] = quads[j].z, v.x[4 * j + 3] = quads[j].w;
-    v.amax = amax_with_nan(v.x);
+    v.amax = reinterpret_cast<const float*>(stage + count * kTraits.vec_bytes)[vec];
     return v;
   }
 };
