@@ -47,7 +47,7 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
     return pays && smem_of(plan) <= limit ? plan : RingPlan{};
   }
   // A warp per row: the number of warps that leaves the fewest idle in the last round. Few rows: a CTA per row is done sooner.
-  if (shape.num_rows <= 16 * sms || shape.num_vecs / sms < Source::kTraits.ring_rows_from) return {};
+  if (shape.num_rows <= 16 * sms || shape.num_vecs < Source::kTraits.ring_rows_from * sms) return {};
   RingPlan plan;
   uint32_t best = ~0u;
   for (const uint32_t warps : {24u, 16u, 12u, 8u, 6u}) {
