@@ -230,7 +230,7 @@ inline Layer make_layer(const CaseShape& s, int64_t tokens, Routing kind, uint64
 
 // Which kernels a case runs: what the plan chooses ("auto"), or a tier by name.
 struct Tier {
-  std::string name = "auto";  // auto, ring, stream, tiled
+  std::string name = "auto";  // auto, ring, stream, tiled; before: auto with the shared expert before the routed ones
   ActFormat act = ActFormat::kBf16;
   int reserved_sms = 0;
   int shared_inter = 0;  // of ExpertSet::shared; 0: without
@@ -249,6 +249,8 @@ inline MoePlan make_plan(const CaseShape& s, int64_t tokens, const Tier& tier) {
   if (tier.name == "tiled") plan.tier = MoeTier::kTiled;
   if (tier.name == "ring") plan.tier = MoeTier::kRing;
   if (tier.name == "stream") plan.tier = MoeTier::kStream;
+  plan.shared = moe_shared_place(plan.tier, in.shared_inter);
+  if (tier.name == "before" && in.shared_inter > 0) plan.shared = MoeSharedPlace::kBefore;
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
   return plan;
 }

@@ -40,11 +40,30 @@ TEST(MoePlan, SharedExpertTakesWorkspace) {
   const MoePlan without = plan_moe(in);
   in.shared_inter = 2048;
   const MoePlan with = plan_moe(in);
-  EXPECT_TRUE(with.shared_expert);
+  EXPECT_EQ(with.tier, without.tier);
   EXPECT_EQ(with.workspace_bytes - without.workspace_bytes, 8 * 2048 * 2 + 8 * 4096 * 2);
-  EXPECT_NE(with.to_string().find("shared expert"), std::string::npos);
   in.shared_inter = 2080;
   EXPECT_THROW(plan_moe(in), std::runtime_error);
+}
+
+TEST(MoePlan, SharedExpertIsInTheLaunchOfTheDecodeTiersOnly) {
+  const auto plan = [](int64_t tokens, int64_t shared_inter, ActFormat act = ActFormat::kBf16) {
+    MoePlanInput in = flash(tokens, act);
+    in.shared_inter = shared_inter;
+    return plan_moe(in);
+  };
+  for (const int64_t tokens : {1, 3, 4, 64, 298}) {
+    EXPECT_EQ(plan(tokens, 2048).shared, MoeSharedPlace::kInLaunch) << tokens;
+    EXPECT_NE(plan(tokens, 2048).to_string().find("shared expert in the launch"), std::string::npos);
+  }
+  for (const int64_t tokens : {299, 4096}) {
+    EXPECT_EQ(plan(tokens, 2048).shared, MoeSharedPlace::kBefore) << tokens;
+    EXPECT_NE(plan(tokens, 2048).to_string().find("shared expert before"), std::string::npos);
+  }
+  EXPECT_EQ(plan(8, 2048, ActFormat::kNvfp4).shared, MoeSharedPlace::kBefore);
+  EXPECT_EQ(plan(8, 1024).shared, MoeSharedPlace::kInLaunch);  // of other size than the routed experts
+  EXPECT_EQ(plan(8, 0).shared, MoeSharedPlace::kNone);
+  EXPECT_EQ(plan(8, 0).to_string().find("shared expert"), std::string::npos);
 }
 
 TEST(MoePlan, ReservedSmsAreLeftFree) {

@@ -1,4 +1,4 @@
-// The shared expert given as FP8 weights: beside the routed ones in every tier, at every size of its own kernels.
+// The shared expert given as FP8 weights: in the launch of the decode tiers, and before the tiled one at every size of its own kernels.
 #include "gpu/moe_fixture.cuh"
 
 namespace dsv4::testing {
@@ -12,7 +12,7 @@ class MoeShared : public MoeGpu {
     const Layer l = layer(tokens, routing, false);
     for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
       const Reference reference = reference_of(l, act, true, sample);
-      for (const char* name : {"auto", "ring", "tiled"}) {
+      for (const char* name : {"auto", "ring", "stream", "tiled"}) {
         const Tier tier{name, act, 0, inter};
         if (tier_can_run(experts.shape, tokens, tier)) expect_right(l, tier, reference);
       }
@@ -23,6 +23,36 @@ class MoeShared : public MoeGpu {
 TEST_F(MoeShared, EveryKernelSize) {
   use(*find_case_shape("odd"));
   for (const int64_t tokens : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 257, 512}) expect_right_with_shared(tokens, 192);
+}
+
+// Every count of token rows in its last chunk (8 a chunk in the ring tier, 32 in the streaming one), and more chunks of it than
+// there are CTAs, alone or between routed tasks.
+TEST_F(MoeShared, EveryTokenCountInOneLaunch) {
+  use(*find_case_shape("small"));
+  for (int64_t tokens = 1; tokens <= 70; ++tokens) expect_right_with_shared(tokens, tokens % 2 ? 64 : 192, tokens % 3 ? Routing::kHoles : Routing::kUniform);
+  use({"many chunks", 128, 64, 3, 1});
+  for (const Routing routing : {Routing::kNone, Routing::kOneExpert, Routing::kUniform}) expect_right_with_shared(1000, 320, routing);
+}
+
+// Two CTAs do what all do elsewhere, so every ring of every tier wraps; small enough for the sanitizers.
+TEST_F(MoeShared, FewCtasWrapTheRings) {
+  use({"wrap", 1088, 128, 4, 2});
+  use_shared(192);
+  const Layer l = layer(12, Routing::kUniform, false);
+  for (const int inter : {0, 192}) {
+    const Reference reference = reference_of(l, ActFormat::kBf16, inter > 0);
+    for (const char* name : {"ring", "stream", "tiled"}) expect_right(l, {name, ActFormat::kBf16, num_sms - 2, inter}, reference);
+  }
+}
+
+// The shared expert's own kernels, small enough for the sanitizers.
+TEST_F(MoeShared, SmallShapeBeforeTheRoutedExperts) {
+  use({"tiny", 192, 64, 3, 1});
+  use_shared(128);
+  for (const int64_t tokens : {3, 12, 20, 40, 130}) {
+    const Layer l = layer(tokens, Routing::kUniform, false);
+    expect_right(l, {"tiled", ActFormat::kBf16, 0, 128}, reference_of(l, ActFormat::kBf16, true));
+  }
 }
 
 TEST_F(MoeShared, OddShapes) {

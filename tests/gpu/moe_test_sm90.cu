@@ -104,10 +104,13 @@ TEST_F(MoeGpu, RandomCases) {
   const char* given = std::getenv("DSV4_MOE_RANDOM_CASES");
   const int cases = given ? std::atoi(given) : 10000;
   constexpr int64_t kMaxTokens = 160;
+  constexpr int kSharedInter = 192;
   use(*find_case_shape("small"));
+  use_shared(kSharedInter);
   const CaseShape& s = experts.shape;
-  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"ring"}).workspace_bytes, make_plan(s, kMaxTokens, {"tiled"}).workspace_bytes,
-                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4}).workspace_bytes}));
+  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"ring", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
+                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
+                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4, 0, kSharedInter}).workspace_bytes}));
   gpu::fill(workspace.data(), 0xff, workspace.bytes(), stream().get());
   init_moe_workspace(workspace.data(), plan_input(s, kMaxTokens, {}), stream().get());
   int done = 0;
@@ -115,10 +118,12 @@ TEST_F(MoeGpu, RandomCases) {
     const uint64_t r = mix(done);
     const int64_t tokens = 1 + (r >> 8) % (r % 4 == 0 ? kMaxTokens : 24);
     const auto routing = static_cast<Routing>((r >> 40) % 6);
-    const Tier tier = std::array{Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
+    Tier tier = std::array{Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
+    if (done % 4 == 1) tier.shared_inter = kSharedInter;  // as weights; as output in every other case
     const Layer l = make_layer(s, tokens, routing, done, done % 2 == 0, stream().get());
-    SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)] << ", " << tier.name);
-    expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace), make_reference(experts.linear(), l, tier.act, stream().get()));
+    SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)] << ", " << tier.name
+                                      << (tier.shared_inter > 0 ? ", shared expert" : ""));
+    expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace), reference_of(l, tier.act, tier.shared_inter > 0));
   }
   printf("  %d random cases\n", done);
 }

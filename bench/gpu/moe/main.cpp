@@ -90,6 +90,8 @@ int run_mode(const std::vector<std::string>& args) {
       options.parts = value == "1";
     } else if (key == "--shared") {
       options.shared = value == "1";
+    } else if (key == "--apart") {
+      options.apart = value == "1";
     } else if (key == "--ceilings") {
       ceilings = value == "1";
     } else if (key == "--json") {

@@ -43,7 +43,8 @@ struct MoeTimeOptions {
   std::vector<std::string> routings{"uniform", "zipf"};
   std::vector<std::string> tiers{"auto"};  // auto, ring, stream, tiled
   bool a4 = false;
-  bool shared = false;     // with the FP8 shared expert; its own time alone as well
+  bool shared = false;     // with the FP8 shared expert
+  bool apart = false;      // another kernel between layers, so that none starts early
   bool read_only = true;   // also time a kernel that only reads the same weights
   bool parts = false;      // ring and streaming tier: also their loads without arithmetic and the reverse
   int samples = 30;
@@ -51,6 +52,7 @@ struct MoeTimeOptions {
 struct MoeTimeRow {
   std::string shape, routing, tier, act;
   int64_t tokens = 0;
+  std::string plan;                    // MoePlan::to_string
   double activated = 0, largest = 0;   // experts; rows of the fullest
   double us = 0;
   double floor_us = 0;                 // max(bytes / read stream, flops / BF16 matmul), both of this run
@@ -58,7 +60,7 @@ struct MoeTimeRow {
   double gb_per_s = 0, tflop_per_s = 0;
   double read_us = 0;                  // the stream-only kernel
   double loads_us = 0, math_us = 0;
-  double shared_us = 0;                // the shared expert's launches alone, if it is part of the layer
+  double shared_us = 0;                // the shared expert's launches alone, if the plan has it before the routed experts
 };
 nlohmann::json to_json(const MoeTimeRow& row);
 void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const std::function<void(const MoeTimeRow&)>& report);

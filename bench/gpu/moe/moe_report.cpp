@@ -16,6 +16,7 @@ nlohmann::json to_json(const MoeTimeRow& r) {
           {"shape", r.shape},
           {"routing", r.routing},
           {"tier", r.tier},
+          {"plan", r.plan},
           {"act", r.act},
           {"tokens", r.tokens},
           {"activated", r.activated},
@@ -43,7 +44,8 @@ std::string moe_table_head() {
 }
 std::string moe_table_line(const MoeTimeRow& r) {
   const auto or_dash = [](double us) { return us > 0 ? fmt::format("{:.1f}", us) : std::string("-"); };
-  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>7.1f} {:>5.0f} {:>9.1f} {:>8.1f} {:>5.1f}% {:>6.0f} {:>7.1f} {:>9}{:>9}{:>9}{:>10}", r.shape, r.routing, r.tier, r.act,
+  return fmt::format("{:<6} {:<8} {:<9} {:>3} {:>6} {:>7.1f} {:>5.0f} {:>9.1f} {:>8.1f} {:>5.1f}% {:>6.0f} {:>7.1f} {:>9}{:>9}{:>9}{:>10}", r.shape, r.routing,
+                     r.tier == "auto" ? r.plan.substr(0, r.plan.find(' ')) : r.tier, r.act,
                      r.tokens, r.activated, r.largest, r.us, r.floor_us, 100 * r.floor_us / r.us, r.gb_per_s, r.tflop_per_s, or_dash(r.read_us),
                      or_dash(r.loads_us), or_dash(r.math_us), or_dash(r.shared_us));
 }

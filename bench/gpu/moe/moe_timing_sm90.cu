@@ -108,7 +108,7 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
         const MoePlan plan = make_plan(s, tokens, tier);
         if (tokens * s.topk > moe_tier_max_slots(plan.tier)) continue;
         const int copies = tokens <= 1 ? 16 : tokens <= 8 ? 12 : tokens <= 64 ? 6 : tokens <= 256 ? 4 : tokens <= 1024 ? 3 : 2;
-        MoeTimeRow row{s.name, routing, tier_name, options.a4 ? "a4" : "a16", tokens};
+        MoeTimeRow row{s.name, routing, tier_name, options.a4 ? "a4" : "a16", tokens, plan.to_string()};
         std::vector<Layer> layers;
         std::vector<std::vector<int32_t>> activated;
         for (int i = 0; i < copies; ++i) {
@@ -128,9 +128,10 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
         row.us = moe_median_us(stream, flush, copies, options.samples, 0.3, [&](int i, cudaStream_t on) {
           MoeGpuArgs args = layer_args(m, layers[i], Tier{tier_name, tier.act}, workspace);
           if (options.shared) args.shared = shared[i % shared.size()].packed();
+          if (options.apart) DSV4_CUDA(cudaMemsetAsync(flush.data(), 1, 4, on));
           moe_gpu(args, plan, on);
         });
-        if (options.shared) {
+        if (plan.shared == MoeSharedPlace::kBefore) {
           DeviceBuffer h(tokens * s.inter * 2);
           row.shared_us = moe_median_us(stream, flush, std::max(copies, 6), options.samples, 0.1, [&](int i, cudaStream_t on) {
             const Layer& l = layers[i % layers.size()];

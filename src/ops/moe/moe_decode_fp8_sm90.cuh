@@ -15,18 +15,19 @@ __device__ __forceinline__ void decode_fp8_word(uint32_t word, uint32_t factor, 
   out[1] = mul_bf16x2(second, factor);
 }
 
-// A thread's share of one m64k64 block: fragments of its four k16 steps, in the order of decode_block.
-__device__ __forceinline__ void decode_fp8_block(const uint4& low_row, const uint4& high_row, uint32_t factor_low, uint32_t factor_high,
-                                                 uint32_t (&a)[4][4]) {
-  const uint32_t low[4] = {low_row.x, low_row.y, low_row.z, low_row.w}, high[4] = {high_row.x, high_row.y, high_row.z, high_row.w};
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    uint32_t r[2];
-    decode_fp8_word(low[step], factor_low, r);
-    a[step][0] = r[0], a[step][2] = r[1];
-    decode_fp8_word(high[step], factor_high, r);
-    a[step][1] = r[0], a[step][3] = r[1];
-  }
+// A thread's share of half a block: fragments of its two k16 steps, in the order of decode_half_block. factors: the two bytes of
+// moe_shared_sm90.h.
+__device__ __forceinline__ void decode_fp8_half_block(const uint4& words, uint32_t factors, uint32_t (&a)[2][4]) {
+  const uint32_t low = (factors & 0xff) * 0x00800080u, high = (factors >> 8) * 0x00800080u;  // two bf16 of that exponent
+  uint32_t r[2];
+  decode_fp8_word(words.x, low, r);
+  a[0][0] = r[0], a[0][2] = r[1];
+  decode_fp8_word(words.y, low, r);
+  a[1][0] = r[0], a[1][2] = r[1];
+  decode_fp8_word(words.z, high, r);
+  a[0][1] = r[0], a[0][3] = r[1];
+  decode_fp8_word(words.w, high, r);
+  a[1][1] = r[0], a[1][3] = r[1];
 }
 
 }  // namespace dsv4::sm90

@@ -19,7 +19,13 @@ void run_in_one_launch(const MoeGpuArgs& args, const MoePlan& plan, const MoeWor
   s.x = args.x;
   s.topk_idx = args.topk_idx;
   s.topk_weights = args.topk_weights;
-  s.shared_y = args.shared_y;
+  if (plan.shared == MoeSharedPlace::kInLaunch) {
+    s.shared = args.shared;
+    s.shared_h = at<bf16>(args, layout.shared_h);
+    s.shared_y = at<bf16>(args, layout.shared_y);
+  } else {
+    s.shared_y = const_cast<bf16*>(args.shared_y);  // only read
+  }
   s.y = args.y;
   s.h = at<bf16>(args, layout.h);
   s.slot_y = at<bf16>(args, layout.slot_y);
@@ -99,8 +105,12 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
                    plan.workload);
   DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "expected the shared expert as weights (inter = %d) or as shared_y, found both",
                    args.shared.inter);
+  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || (args.shared.inter > 0 && args.shared.inter % 64 == 0), "inter of the shared expert = %d, expected a multiple of 64",
+                   args.shared.inter);
+  DSV4_GPU_REQUIRE("moe", (plan.shared != MoeSharedPlace::kNone) == (args.shared.fc1 != nullptr), "plan for a shared expert: %d, found weights of one: %d",
+                   plan.shared != MoeSharedPlace::kNone, args.shared.fc1 != nullptr);
   MoeGpuArgs routed = args;
-  if (args.shared.fc1) {
+  if (plan.shared == MoeSharedPlace::kBefore) {
     bf16* shared_y = at<bf16>(args, layout.shared_y);
     sm90::launch_moe_shared({args.shared, args.x, at<bf16>(args, layout.shared_h), shared_y, args.num_tokens, args.shape.hidden, args.swiglu_limit}, stream);
     routed.shared_y = shared_y;

@@ -26,7 +26,6 @@ MoePlan plan_moe(const MoePlanInput& in) {
   DSV4_CHECK(in.num_sms > in.reserved_sms && in.reserved_sms >= 0, "{} of {} SMs reserved", in.reserved_sms, in.num_sms);
   MoePlan plan;
   plan.ctas = in.num_sms - in.reserved_sms;
-  plan.shared_expert = in.shared_inter > 0;
   const int64_t slots = in.num_tokens * in.num_topk;
   const int64_t fc1_tasks = slots * ((moe_fc1_strips(in.inter) + 3) / 4);  // if no two tokens share an expert
   if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots) {
@@ -40,6 +39,7 @@ MoePlan plan_moe(const MoePlanInput& in) {
     plan.tier = MoeTier::kStream;
     plan.workload = "decode batches: bandwidth";
   }
+  plan.shared = moe_shared_place(plan.tier, in.shared_inter);
   plan.workspace_bytes = layout_moe_workspace(in, plan.tier).bytes;
   return plan;
 }
@@ -47,7 +47,8 @@ MoePlan plan_moe(const MoePlanInput& in) {
 std::string MoePlan::to_string() const {
   const char* name = tier == MoeTier::kRing ? "ring" : tier == MoeTier::kStream ? "stream" : "tiled";
   return fmt::format("{} ({}): {} CTAs, {}{}, workspace {} bytes", name, workload, ctas, split_launch ? "fc1 and fc2 apart" : "fc1 and fc2 in one launch",
-                     shared_expert ? ", shared expert before" : "", workspace_bytes);
+                     shared == MoeSharedPlace::kInLaunch ? ", shared expert in the launch" : shared == MoeSharedPlace::kBefore ? ", shared expert before" : "",
+                     workspace_bytes);
 }
 
 }  // namespace dsv4

@@ -15,6 +15,16 @@ enum class MoeTier : uint8_t {
   kTiled,   // route, gather, GEMMs, combine; up to 120 token rows a tile: prefill, and every a4 call (moe_tiled_sm90.cuh)
 };
 
+// Where the FP8 shared expert is computed.
+enum class MoeSharedPlace : uint8_t {
+  kNone,
+  kInLaunch,  // ring and streaming tier: tasks of the one launch
+  kBefore,    // tiled tier: two launches before the routed experts (moe_shared_sm90.h), whose latency is little there
+};
+constexpr MoeSharedPlace moe_shared_place(MoeTier tier, int64_t shared_inter) {
+  return shared_inter == 0 ? MoeSharedPlace::kNone : tier == MoeTier::kTiled ? MoeSharedPlace::kBefore : MoeSharedPlace::kInLaunch;
+}
+
 struct MoePlanInput {
   int64_t num_tokens = 0;
   int64_t hidden = 0, inter = 0;  // multiples of 64
@@ -30,7 +40,7 @@ struct MoePlan {
   const char* workload = "";  // what the choice was made for
   int ctas = 0;          // persistent, one per SM
   bool split_launch = false;  // fc1 and fc2 in launches of their own (a4: the global scale of a row of h needs the whole row)
-  bool shared_expert = false;  // its two GEMMs run before the routed experts (moe_shared_sm90.h)
+  MoeSharedPlace shared = MoeSharedPlace::kNone;  // follows from the tier
   int64_t workspace_bytes = 0;
 
   std::string to_string() const;

@@ -45,30 +45,31 @@ __global__ void __launch_bounds__(128) moe_shared_pack_kernel(SharedPackArgs arg
     for (int j = 0; j < 16; ++j) codes[half][j] = m.codes[static_cast<int64_t>(row) * cols + k64 * 64 + t * 16 + j];
   }
   if constexpr (!kVerify) {
+    const auto word = [&](int row, int step) {
+      const uint8_t* c = codes[row] + 4 * step;
+      return c[0] | c[2] << 8 | c[1] << 16 | static_cast<uint32_t>(c[3]) << 24;
+    };
+    // the exponent of a bf16; one pair of scales a block: strips and blocks of 64 never straddle 128
+    const auto factor = [&](int row) { return encode_bf16(scale[row] / largest[is_fc2 ? 0 : row] * 0x1p120f).bits >> 7 & 0xffu; };
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[4];
-      for (int s = 0; s < 4; ++s)
-        words[s] = codes[half][4 * s] | codes[half][4 * s + 2] << 8 | codes[half][4 * s + 1] << 16 | static_cast<uint32_t>(codes[half][4 * s + 3]) << 24;
-      *reinterpret_cast<uint4*>(target + half * 2048 + threadIdx.x * 16) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-    if (threadIdx.x == 0) {  // one pair of scales a block: strips and blocks of 64 never straddle 128
-      uint32_t factor[2];
-      for (int half = 0; half < 2; ++half) factor[half] = encode_bf16(scale[half] / largest[half] * 0x1p120f).bits * 0x00010001u;
-      *reinterpret_cast<uint4*>(target + kMoeFp8CodeBytes) = make_uint4(factor[0], factor[1], 0, 0);
+      uint8_t* to = target + half * kMoeFp8HalfBytes;
+      *reinterpret_cast<uint4*>(to + threadIdx.x * 16) = make_uint4(word(0, 2 * half), word(0, 2 * half + 1), word(1, 2 * half), word(1, 2 * half + 1));
+      if (threadIdx.x == 0) *reinterpret_cast<uint4*>(to + kMoeBlockCodeBytes) = make_uint4(factor(0) | factor(1) << 8, 0, 0, 0);
     }
     if (block == 0 && threadIdx.x == 0) {
       args.alpha[is_fc2 ? 2 : 0] = largest[0];
       if (!is_fc2) args.alpha[1] = largest[1];
     }
   } else {
-    const uint4 factors = *reinterpret_cast<const uint4*>(target + kMoeFp8CodeBytes);
-    uint32_t a[4][4];
-    decode_fp8_block(*reinterpret_cast<const uint4*>(target + threadIdx.x * 16), *reinterpret_cast<const uint4*>(target + 2048 + threadIdx.x * 16),
-                     factors.x, factors.y, a);
+    uint32_t a[2][2][4];
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* from = target + half * kMoeFp8HalfBytes;
+      decode_fp8_half_block(*reinterpret_cast<const uint4*>(from + threadIdx.x * 16), *reinterpret_cast<const uint16_t*>(from + kMoeBlockCodeBytes), a[half]);
+    }
     int wrong = 0;
     for (int half = 0; half < 2; ++half)
       for (int e = 0; e < 16; ++e) {
-        const uint32_t word = a[e / 4][e / 2 % 2 * 2 + half];
+        const uint32_t word = a[e / 8][e / 4 % 2][e / 2 % 2 * 2 + half];
         const float decoded = __uint_as_float(e % 2 == 0 ? word << 16 : word & 0xffff0000u) * args.alpha[is_fc2 ? 2 : half];
         wrong += decoded != decode_e4m3(codes[half][e]) * scale[half];
       }

@@ -29,14 +29,14 @@ struct GemmArgs {
 
 // One thread's 32 bytes of a block and the block's factors.
 struct Fp8Operand {
-  uint4 low, high;
-  uint2 factors;
+  uint4 words[2];
+  uint32_t factors;
   __device__ __forceinline__ void load(const uint8_t* block, int thread) {
-    low = __ldcs(reinterpret_cast<const uint4*>(block + thread * 16));
-    high = __ldcs(reinterpret_cast<const uint4*>(block + 2048 + thread * 16));
-    factors = __ldg(reinterpret_cast<const uint2*>(block + kMoeFp8CodeBytes));
+    words[0] = __ldcs(reinterpret_cast<const uint4*>(block + thread * 16));
+    words[1] = __ldcs(reinterpret_cast<const uint4*>(block + kMoeFp8HalfBytes + thread * 16));
+    factors = __ldg(reinterpret_cast<const uint16_t*>(block + kMoeBlockCodeBytes));
   }
-  __device__ __forceinline__ void decode(uint32_t (&a)[4][4]) const { decode_fp8_block(low, high, factors.x, factors.y, a); }
+  __device__ __forceinline__ void decode(int half, uint32_t (&a)[2][4]) const { decode_fp8_half_block(words[half], factors, a); }
 };
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -75,27 +75,26 @@ __global__ void __launch_bounds__(128 * kGroups, 1) moe_shared_stream_kernel(con
     if (part + i * kSplits < blocks) ahead[i].load(weights + static_cast<int64_t>(part + i * kSplits) * kMoeFp8BlockBytes, thread);
   ptx::griddepcontrol_wait();  // weights do not depend on anything
   ptx::griddepcontrol_launch_dependents();
-  const bf16* rows[kTiles];
+  int rows[kTiles];  // offsets: at most kSharedStreamTokens rows
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile)
-    rows[tile] = args.rows + static_cast<int64_t>(min(first_token + tile * 8 + g, args.num_tokens - 1)) * args.cols + 16 * t;
+  for (int tile = 0; tile < kTiles; ++tile) rows[tile] = min(first_token + tile * 8 + g, args.num_tokens - 1) * args.cols + 16 * t;
   float sum[kTiles][4] = {};
   for (int base = part; base < blocks; base += kAhead * kSplits)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int block = base + i * kSplits;
       if (block >= blocks) break;
-      uint32_t a[4][4];
-      ahead[i].decode(a);
-      if (block + kAhead * kSplits < blocks) ahead[i].load(weights + static_cast<int64_t>(block + kAhead * kSplits) * kMoeFp8BlockBytes, thread);
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4* from = reinterpret_cast<const uint4*>(rows[tile] + block * kMoeBlockCols);
-        const uint4 first = from[0], second = from[1];
-        mma_m16n8k16(sum[tile], a[0], first.x, first.y);
-        mma_m16n8k16(sum[tile], a[1], first.z, first.w);
-        mma_m16n8k16(sum[tile], a[2], second.x, second.y);
-        mma_m16n8k16(sum[tile], a[3], second.z, second.w);
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+        ahead[i].decode(half, a);
+        if (half == 1 && block + kAhead * kSplits < blocks) ahead[i].load(weights + static_cast<int64_t>(block + kAhead * kSplits) * kMoeFp8BlockBytes, thread);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const uint4 v = reinterpret_cast<const uint4*>(args.rows + rows[tile] + block * kMoeBlockCols)[half];
+          mma_m16n8k16(sum[tile], a[0], v.x, v.y);
+          mma_m16n8k16(sum[tile], a[1], v.z, v.w);
+        }
       }
     }
 #pragma unroll
@@ -172,8 +171,8 @@ __global__ void __launch_bounds__(128 * kGroups, 1) moe_shared_tiled_kernel(cons
     uint8_t* buffer = operand[block & 1];
 #pragma unroll
     for (int i = 0; i < 2; ++i) *reinterpret_cast<uint4*>(buffer + (row0 + 64 * i) * 128 + ((chunk ^ (row0 & 7)) << 4)) = rows[i];
-    uint32_t a[4][4];
-    next.decode(a);
+    uint32_t a[2][2][4];
+    for (int half = 0; half < 2; ++half) next.decode(half, a[half]);
     ptx::fence_proxy_async();
     __syncthreads();
     if (block + 1 < blocks) load(block + 1);
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(128 * kGroups, 1) moe_shared_tiled_kernel(cons
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       const uint64_t descriptor = (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((address + step * 32) >> 4);
-      Wgmma<kTileTokens>::mma(sum, a[step], descriptor);
+      Wgmma<kTileTokens>::mma(sum, a[step / 2][step % 2], descriptor);
     }
     wgmma_commit();
     wgmma_wait<0>();  // other warpgroups decode meanwhile

@@ -1,11 +1,12 @@
 // The shared expert on Hopper: FP8 weights (e4m3 with power-of-two scales per 128x128), every token, always a16.
 //
 // Kernel form: as moe_layout.h (same strips, same row and column order, so the same epilogues and token operands), but a block
-// of 64x64 is 4096 bytes of codes and 16 of scales. Thread (warp, lane) has 16 bytes at 16 * thread for row g and as many at
-// 2048 + 16 * thread for row g + 8: word s, columns 16 t + 4 s + {0, 2, 1, 3} from the low byte up, so that a word becomes two
-// bf16 pairs by moving bits. A code so moved is e4m3 * 2^-120 (subnormals included); the block's factor, 2^120 times its scale
-// over the matrix's largest, makes it exact again (4 significant bits). The factor stands twice in a word, one word for the
-// low rows (fc1: gate) and one for the high (up), then eight unused bytes. alpha is the largest scale.
+// of 64x64 is two halves of 2048 bytes of codes and 16 of scales, so that a thread's share of a half is as large as its share of
+// an NVFP4 block and the decode tiers load both alike. Half h, thread (warp, lane): 16 bytes at 16 * thread, words 0, 1 row g,
+// words 2, 3 row g + 8, of matrix steps s = 2 h, 2 h + 1: columns 16 t + 4 s + {0, 2, 1, 3} from the low byte up, so that a word
+// becomes two bf16 pairs by moving bits. A code so moved is e4m3 * 2^-120 (subnormals included); the block's factor, 2^120 times
+// its scale over the matrix's largest, makes it exact again (4 significant bits). The factor is 2^(b - 127), byte b at 2048 for
+// the low rows (fc1: gate), at 2049 for the high (up), then 14 unused bytes. alpha is the largest scale.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,25 +15,18 @@
 
 #include "codec/bf16.h"
 #include "ops/moe/moe_layout.h"
+#include "ops/moe/moe_sm90.h"
 
 namespace dsv4::sm90 {
 
-constexpr int kMoeFp8CodeBytes = 4096;
-constexpr int kMoeFp8BlockBytes = kMoeFp8CodeBytes + 16;
-constexpr int64_t moe_shared_fc1_bytes(int64_t hidden, int64_t inter) {
+constexpr int kMoeFp8HalfBytes = kMoeBlockCodeBytes + 16;
+constexpr int kMoeFp8BlockBytes = 2 * kMoeFp8HalfBytes;
+DSV4_HD constexpr int64_t moe_shared_fc1_bytes(int64_t hidden, int64_t inter) {
   return moe_fc1_strips(inter) * (hidden / kMoeBlockCols) * kMoeFp8BlockBytes;
 }
-constexpr int64_t moe_shared_fc2_bytes(int64_t hidden, int64_t inter) {
+DSV4_HD constexpr int64_t moe_shared_fc2_bytes(int64_t hidden, int64_t inter) {
   return moe_fc2_strips(hidden) * (inter / kMoeBlockCols) * kMoeFp8BlockBytes;
 }
-
-// Kernel form, in device memory. fc1 == nullptr: no shared expert.
-struct MoeSharedWeights {
-  const uint8_t* fc1 = nullptr;   // moe_shared_fc1_bytes
-  const uint8_t* fc2 = nullptr;   // moe_shared_fc2_bytes
-  const float* alpha = nullptr;   // [3] of w1, w3, w2
-  int inter = 0;                  // multiple of 64
-};
 
 // One matrix as checkpoints hold it, in device memory.
 struct MoeLinearFp8 {

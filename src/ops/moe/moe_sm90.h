@@ -16,6 +16,14 @@ struct MoeExperts {
   const float* alpha;   // [num_experts, 3]  global scale of w1, w3, w2
 };
 
+// The shared expert in kernel form (moe_shared_sm90.h), FP8, in device memory. fc1 == nullptr: none.
+struct MoeSharedWeights {
+  const uint8_t* fc1 = nullptr;   // moe_shared_fc1_bytes
+  const uint8_t* fc2 = nullptr;   // moe_shared_fc2_bytes
+  const float* alpha = nullptr;   // [3] of w1, w3, w2
+  int inter = 0;                  // multiple of 64
+};
+
 struct MoeShape {
   int hidden;           // multiples of 64
   int inter;
@@ -28,6 +36,8 @@ constexpr int kMoeMaxExperts = 1024;
 
 constexpr int kRingMaxSlots = 1024;    // num_tokens * num_topk
 constexpr int kStreamMaxSlots = 2048;
+// Chunks, rows of one expert in one task: at most one a slot and those of the shared expert.
+constexpr int kStreamMaxChunks = kStreamMaxSlots + kRingMaxSlots / 8;
 
 // Counters in the workspace: zero before the first launch, zero again after every launch.
 struct MoeStreamArgs {
@@ -36,11 +46,13 @@ struct MoeStreamArgs {
   const bf16* x;               // [num_tokens, hidden]
   const int32_t* topk_idx;     // [num_tokens, num_topk]
   const float* topk_weights;   // [num_tokens, num_topk]
-  const bf16* shared_y;        // [num_tokens, hidden] added to the sum, or nullptr
+  MoeSharedWeights shared;     // the shared expert as tasks of this launch, or none
+  bf16* shared_h;              // [num_tokens, shared.inter]  scratch of those tasks
+  bf16* shared_y;              // [num_tokens, hidden] added to the sum, or nullptr: with `shared` what its tasks write, else an input
   bf16* y;                     // [num_tokens, hidden]
   bf16* h;                     // [num_tokens * num_topk, inter]   scratch
   bf16* slot_y;                // [num_tokens * num_topk, hidden]  scratch
-  uint32_t* fc1_done;          // [kStreamMaxSlots]    tasks of fc1 finished, per chunk (rows of one expert in one task)
+  uint32_t* fc1_done;          // [kStreamMaxChunks]   tasks of fc1 finished, per chunk, the shared expert's first
   uint32_t* fc2_done;          // [fc2 strips]         ring: chunks finished, per strip; streaming: [0], tasks of fc2 finished
   uint32_t* exited;            // [1]
   uint32_t* ticket;            // [1]                  streaming

@@ -4,7 +4,9 @@
 #include "gpu/ptx/copy.cuh"
 #include "gpu/ptx/sync.cuh"
 #include "gpu/sm90/spin.cuh"
+#include "ops/moe/moe_decode_fp8_sm90.cuh"
 #include "ops/moe/moe_decode_sm90.cuh"
+#include "ops/moe/moe_shared_sm90.h"
 #include "ops/moe/moe_sm90.h"
 #include "ops/moe/swiglu.h"
 
@@ -22,6 +24,18 @@ struct RingPosition {
     if (++stage == kStages) stage = 0, phase ^= 1;
   }
 };
+
+// The shared expert's weights depend on nothing, so they are on their way into L2 while the routing runs and, in a chain of
+// launches, while the kernel before ends: every CTA asks for its part of them. Called by one warp, before any wait.
+__device__ __forceinline__ void prefetch_shared(const MoeStreamArgs& args) {
+  const int64_t part = blockIdx.x * 32 + threadIdx.x % 32, parts = gridDim.x * 32;
+  const auto prefetch = [&](const uint8_t* from, int64_t bytes) {
+    const int64_t each = (bytes / 16 + parts - 1) / parts * 16, begin = part * each;
+    if (begin < bytes) ptx::bulk_prefetch_l2(from + begin, static_cast<uint32_t>(min(each, bytes - begin)));
+  };
+  prefetch(args.shared.fc1, moe_shared_fc1_bytes(args.shape.hidden, args.shared.inter));
+  prefetch(args.shared.fc2, moe_shared_fc2_bytes(args.shape.hidden, args.shared.inter));
+}
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

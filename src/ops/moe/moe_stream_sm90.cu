@@ -22,10 +22,18 @@ void launch_one(void (*kernel)(MoeStreamArgs), const MoeStreamArgs& args, int ct
 }  // namespace
 
 void launch_moe_ring(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
-  launch_one<RingTraits<>>(moe_ring_kernel<RingTraits<>>, args, ctas, stream);
+  using WithShared = RingTraits<StreamMode::kFull, true>;
+  if (args.shared.fc1)
+    launch_one<WithShared>(moe_ring_kernel<WithShared>, args, ctas, stream);
+  else
+    launch_one<RingTraits<>>(moe_ring_kernel<RingTraits<>>, args, ctas, stream);
 }
 void launch_moe_stream(const MoeStreamArgs& args, int ctas, cudaStream_t stream) {
-  launch_one<StreamTraits<>>(moe_stream_kernel<StreamTraits<>>, args, ctas, stream);
+  using WithShared = StreamTraits<StreamMode::kFull, true>;
+  if (args.shared.fc1)
+    launch_one<WithShared>(moe_stream_kernel<WithShared>, args, ctas, stream);
+  else
+    launch_one<StreamTraits<>>(moe_stream_kernel<StreamTraits<>>, args, ctas, stream);
 }
 
 }  // namespace dsv4::sm90

@@ -8,6 +8,9 @@
 // shared memory, one stage per K512, filled by a warp of its own, which also draws the tasks; another warp publishes
 // finished tasks. The combine is spread over all CTAs after the last fc2 task. No CTA waits for one that is not running yet:
 // tasks wait for tasks of lower tickets only.
+//
+// kShared: the FP8 shared expert's tasks are tasks of this launch, first in both GEMMs. A half block of its weights
+// (moe_shared_sm90.h) is loaded as a block of a routed expert is; decoding and the step through the token rows differ.
 #pragma once
 
 #include <type_traits>
@@ -16,8 +19,9 @@
 
 namespace dsv4::sm90 {
 
-template <StreamMode kMode_ = StreamMode::kFull>
+template <StreamMode kMode_ = StreamMode::kFull, bool kShared_ = false>
 struct StreamTraits {
+  static constexpr bool kShared = kShared_;
   static constexpr int kMaxSlots = kStreamMaxSlots, kMaxRows = 32;
   static constexpr StreamMode kMode = kMode_;
   static constexpr int kTiles = kMaxRows / 8;  // n8 tiles of the matrix instruction
@@ -34,9 +38,11 @@ struct StreamTraits {
 
   struct Task {
     const uint8_t* weights;  // of the matrix's first strip
-    int blocks;              // 0: no more tasks
-    int chunk, strip, strips;
-    bool is_fc2;
+    int blocks;              // 0: no more tasks; of the shared expert: half blocks
+    int counter;             // of fc1_done
+    int strip, strips;
+    int rows, first;         // token rows; the first in Shared::slots, or of the shared expert the first token
+    bool is_fc2, is_shared;
     float alpha[2];          // valid once the task's first row stage is
   };
   struct Shared {
@@ -84,8 +90,8 @@ struct StreamWeights {
 template <class Traits>
 __device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, const uint8_t* codes, const uint8_t* scales, bool first = false) {
   if (Traits::kMode != StreamMode::kMathOnly || first) {
-    w.codes[j] = load_weights_16(codes + j * kMoeBlockBytes);
-    w.scales[j] = load_weights_2(scales + j * kMoeBlockBytes);
+    w.codes[j] = load_weights_16(codes);
+    w.scales[j] = load_weights_2(scales);
   }
 }
 
@@ -93,25 +99,26 @@ __device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, con
 template <class Traits>
 struct StreamCursor {
   const uint8_t *codes, *scales;
-  int left = 0;  // blocks of the task not yet loaded
-  int slot = 0;  // of the task to load after this one
-  uint32_t phase = 0;
-  bool ended = false;
+  int block_bytes = 0;  // 0 after the last task
+  int left = 0;         // blocks of the task not yet loaded
+  uint32_t tasks = 0;   // loaded from, this one included
 
   __device__ __forceinline__ void next_task(typename Traits::Shared& shared, int warp, int lane) {
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], phase); }, "moe stream: next task", slot, warp);
+    const uint32_t slot = tasks % Traits::kTaskSlots;
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], tasks / Traits::kTaskSlots & 1); }, "moe stream: next task", slot, warp);
     const typename Traits::Task& task = shared.tasks[slot];
+    ++tasks;
     left = task.blocks;
-    ended = left == 0;
+    block_bytes = left == 0 ? 0 : Traits::kShared && task.is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;
     const int strip = min(task.strip + warp / 4, task.strips - 1);
     const uint32_t thread = (warp % 4) * 32 + lane;
-    codes = task.weights + static_cast<int64_t>(strip) * task.blocks * kMoeBlockBytes + thread * 16;
-    scales = task.weights + static_cast<int64_t>(strip) * task.blocks * kMoeBlockBytes + kMoeBlockCodeBytes + thread * 2;
-    if (++slot == Traits::kTaskSlots) slot = 0, phase ^= 1;
+    const uint8_t* weights = task.weights + static_cast<int64_t>(strip) * task.blocks * (Traits::kShared ? block_bytes : kMoeBlockBytes);
+    codes = weights + thread * 16;
+    scales = weights + kMoeBlockCodeBytes + (Traits::kShared && task.is_shared ? 0 : thread * 2);
   }
-  __device__ __forceinline__ void advance(int blocks) {
-    codes += Traits::kGroupBlocks * kMoeBlockBytes;
-    scales += Traits::kGroupBlocks * kMoeBlockBytes;
+  __device__ __forceinline__ void advance(int blocks, int bytes) {
+    codes += blocks * bytes;
+    scales += blocks * bytes;
     left -= blocks;
   }
 };
@@ -132,12 +139,13 @@ __device__ __forceinline__ void stream_fetch_rows(StreamRows<kTiles>& rows, uint
 }
 
 // Multiplies the group in registers (count blocks) and loads the next one into the same registers, block by block.
-// kWhole: both have kGroupBlocks blocks.
-template <class Traits, int kTiles, int kChains, bool kWhole>
-__device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, const StreamCursor<Traits>& next, int next_count, int count,
+// kFp8: blocks are half blocks of the shared expert. kWhole: both groups have kGroupBlocks blocks, of the same kind.
+template <class Traits, int kTiles, int kChains, bool kFp8, bool kWhole>
+__device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCursor<Traits>& next, int next_count, int count,
                                              uint32_t rows_address, uint32_t last_tile, float (&sum)[kChains][kTiles][4]) {
   constexpr int kAhead = kTiles <= 2 ? 1 : 0;  // halves that rows are fetched ahead
-  constexpr int kHalves = 2 * Traits::kGroupBlocks;
+  constexpr int kPerBlock = kFp8 ? 1 : 2, kHalves = kPerBlock * Traits::kGroupBlocks;
+  constexpr int kBlockBytes = kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes;
   StreamRows<kTiles> rows[kAhead + 1];
   if (kAhead > 0) stream_fetch_rows<Traits, kTiles>(rows[0], rows_address, last_tile, 0);
 #pragma unroll
@@ -148,11 +156,14 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, const Str
       } else {
         const uint32_t sf_low = decode_sf(w.scales[j] & 0xff), sf_high = decode_sf(w.scales[j] >> 8);
 #pragma unroll
-        for (int half = 2 * j; half < 2 * j + 2; ++half) {
+        for (int half = kPerBlock * j; half < kPerBlock * (j + 1); ++half) {
           if (half + kAhead < kHalves) stream_fetch_rows<Traits, kTiles>(rows[(half + kAhead) % (kAhead + 1)], rows_address, last_tile, half + kAhead);
           const StreamRows<kTiles>& b = rows[half % (kAhead + 1)];
           uint32_t a[2][4];
-          decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w, sf_low, sf_high, a);
+          if constexpr (kFp8)
+            decode_fp8_half_block(w.codes[j], w.scales[j], a);
+          else
+            decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w, sf_low, sf_high, a);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             mma_m16n8k16(sum[0][tile], a[0], b.part[tile].x, b.part[tile].y);
@@ -161,9 +172,15 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, const Str
         }
       }
     }
-    if (kWhole || j < next_count) stream_load(w, j, next.codes, next.scales);
+    if constexpr (kWhole) {
+      stream_load(w, j, next.codes + j * kBlockBytes, next.scales + j * kBlockBytes);
+    } else if (j < next_count) {
+      stream_load(w, j, next.codes, next.scales);
+      next.advance(1, next.block_bytes);
+    }
     __syncwarp();  // ptxas would move the loads of all blocks to the end of the group
   }
+  if constexpr (kWhole) next.advance(Traits::kGroupBlocks, kBlockBytes);
 }
 
 // h of fc1, slot outputs of fc2.
@@ -172,7 +189,8 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
                                                 const typename Traits::Task& task, const float (&sum)[kTiles][4], int warp, int lane) {
   const int strip = task.strip + warp / 4;
   if (strip >= task.strips) return;
-  const int rows = shared.chunk_rows[task.chunk], first = shared.chunk_first[task.chunk];
+  const bool is_shared = Traits::kShared && task.is_shared;
+  const int rows = task.rows, first = task.first;
   const int g = lane >> 2, t = lane & 3;
   const float alpha0 = task.alpha[0], alpha1 = task.alpha[1];
   const int column = task.is_fc2 ? moe_fc2_row(strip, warp % 4, g) : moe_fc1_row(strip, warp % 4, g);
@@ -182,42 +200,41 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
     for (int i = 0; i < 2; ++i) {
       const int row = tile * 8 + 2 * t + i;
       if (row >= rows) continue;
-      const int slot = shared.slots[first + row];
+      const int slot = is_shared ? first + row : shared.slots[first + row];  // shared: the token
       if (task.is_fc2) {  // row g + 8 is two columns on
-        bf16* out = args.slot_y + static_cast<int64_t>(slot) * args.shape.hidden + column;
+        bf16* out = (is_shared ? args.shared_y : args.slot_y) + static_cast<int64_t>(slot) * args.shape.hidden + column;
         out[0] = encode_bf16(sum[tile][i] * alpha0);
         out[2] = encode_bf16(sum[tile][2 + i] * alpha0);
       } else {
         const float gate = round_bf16(sum[tile][i] * alpha0), up = round_bf16(sum[tile][2 + i] * alpha1);
-        args.h[static_cast<int64_t>(slot) * args.shape.inter + column] =
-            encode_bf16(swiglu(gate, up, shared.rho[slot], args.swiglu_limit));
+        bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter : args.h + static_cast<int64_t>(slot) * args.shape.inter;
+        h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.rho[slot], args.swiglu_limit));
       }
     }
 }
 
 // One task: its first group is in `w`, `next` stands behind it.
-template <class Traits, int kTiles>
+template <class Traits, int kTiles, bool kFp8>
 __device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename Traits::Shared& shared, const uint8_t* ring,
                                             const typename Traits::Task& task, StreamWeights<Traits>& w, StreamCursor<Traits>& next,
                                             RingPosition<Traits::kStages>& at, int warp, int lane) {
   constexpr int kChains = kTiles == 1 ? 2 : 1;  // one tile alone: half the dependent chain
   float sum[kChains][kTiles][4] = {};
   const uint32_t rows_offset = (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32;
-  const bool used = (kTiles - 1) * 8 + (lane >> 2) < shared.chunk_rows[task.chunk];
+  const bool used = (kTiles - 1) * 8 + (lane >> 2) < task.rows;
   for (int left = task.blocks; left > 0; left -= Traits::kGroupBlocks) {
-    if (next.left == 0 && !next.ended) next.next_task(shared, warp, lane);
+    if (next.left == 0 && next.block_bytes != 0) next.next_task(shared, warp, lane);
     const int count = min(left, Traits::kGroupBlocks), next_count = min(next.left, Traits::kGroupBlocks);
     const uint32_t rows_address = ptx::smem_address(ring + at.stage * Traits::kStageBytes) + rows_offset;
     const uint32_t last_tile = used ? rows_address + (kTiles - 1) * 8 * Traits::kRowPitch : ptx::smem_address(shared.zero_row);
-    spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows", task.chunk, left);
-    if (count == Traits::kGroupBlocks && next_count == Traits::kGroupBlocks)
-      stream_group<Traits, kTiles, kChains, true>(w, next, next_count, count, rows_address, last_tile, sum);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows", task.counter, left);
+    const bool same_kind = !Traits::kShared || next.block_bytes == (kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes);
+    if (count == Traits::kGroupBlocks && next_count == Traits::kGroupBlocks && same_kind)
+      stream_group<Traits, kTiles, kChains, kFp8, true>(w, next, next_count, count, rows_address, last_tile, sum);
     else
-      stream_group<Traits, kTiles, kChains, false>(w, next, next_count, count, rows_address, last_tile, sum);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&shared.rows_empty[at.stage]);
+      stream_group<Traits, kTiles, kChains, kFp8, false>(w, next, next_count, count, rows_address, last_tile, sum);
+    ptx::mbarrier_arrive(&shared.rows_empty[at.stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
     at.advance();
-    next.advance(next_count);
   }
 #pragma unroll
   for (int tile = 0; kChains > 1 && tile < kTiles; ++tile)
@@ -235,23 +252,38 @@ __device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename 
   const int first_count = min(next.left, Traits::kGroupBlocks);
 #pragma unroll
   for (int j = 0; j < Traits::kGroupBlocks; ++j)
-    if (j < first_count) stream_load(w, j, next.codes, next.scales, true);
-  next.advance(first_count);
+    if (j < first_count) {
+      stream_load(w, j, next.codes, next.scales, true);
+      next.advance(1, next.block_bytes);
+    }
   RingPosition<Traits::kStages> at;
   for (int slot = 0;; slot = (slot + 1) % Traits::kTaskSlots) {
     const typename Traits::Task& task = shared.tasks[slot];
     if (task.blocks == 0) return;
-    const auto run = [&](auto tiles) { stream_task<Traits, decltype(tiles)::value>(args, shared, ring, task, w, next, at, warp, lane); };
-    const int tiles = (shared.chunk_rows[task.chunk] + 7) / 8;
-    if (tiles == 1) run(std::integral_constant<int, 1>());
-    if (tiles == 2) run(std::integral_constant<int, 2>());
-    if (tiles == 3) run(std::integral_constant<int, 3>());
-    if (tiles == 4) run(std::integral_constant<int, 4>());
+    const auto run = [&](auto tiles, auto fp8) {
+      stream_task<Traits, decltype(tiles)::value, decltype(fp8)::value>(args, shared, ring, task, w, next, at, warp, lane);
+    };
+    const int tiles = (task.rows + 7) / 8;
+    if (Traits::kShared && task.is_shared) {
+      using Fp8 = std::bool_constant<Traits::kShared>;
+      if (tiles <= 2) run(std::integral_constant<int, 2>(), Fp8());
+      else run(std::integral_constant<int, 4>(), Fp8());
+    } else {
+      if (tiles == 1) run(std::integral_constant<int, 1>(), std::false_type());
+      if (tiles == 2) run(std::integral_constant<int, 2>(), std::false_type());
+      if (tiles == 3) run(std::integral_constant<int, 3>(), std::false_type());
+      if (tiles == 4) run(std::integral_constant<int, 4>(), std::false_type());
+    }
     ptx::mbarrier_arrive(&shared.task_done[slot]);  // every lane has read the task: racecheck wants an arrival of each
   }
 }
 
 // ---- service warps ----
+
+template <class Traits>
+__device__ __forceinline__ int stream_shared_chunks(const MoeStreamArgs& args) {
+  return Traits::kShared ? (args.num_tokens + Traits::kMaxRows - 1) / Traits::kMaxRows : 0;
+}
 
 // A poll and a sleep: a hardware wait wakes at every arrival and takes issue slots from the math warps.
 __device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32_t parity) {
@@ -260,16 +292,20 @@ __device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32
   return false;
 }
 
-// Draws tasks in order (fc1 of every chunk, then fc2 of every chunk; strips innermost), publishes them, copies their token rows.
+// Draws tasks in order (fc1 of every chunk, then fc2 of every chunk, in both the shared expert's first; strips innermost),
+// publishes them, copies their token rows.
 template <class Traits>
 __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, int ticket) {
   const int lane = threadIdx.x % 32;
   const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
   const int per_chunk1 = Traits::tasks_of(strips1), per_chunk2 = Traits::tasks_of(strips2);
-  const int first2 = shared.num_chunks * per_chunk1, tasks = first2 + shared.num_chunks * per_chunk2;
+  const int shared_chunks = stream_shared_chunks<Traits>(args);
+  const int shared_strips1 = Traits::kShared ? static_cast<int>(moe_fc1_strips(args.shared.inter)) : 0, shared_per_chunk1 = Traits::tasks_of(shared_strips1);
+  const int first2 = shared.num_chunks * per_chunk1 + shared_chunks * shared_per_chunk1;
+  const int tasks = first2 + (shared.num_chunks + shared_chunks) * per_chunk2;
   RingPosition<Traits::kStages> at;
   RingPosition<Traits::kTaskSlots> slot;
-  int ready_chunk = -1;
+  int ready_counter = -1;
   for (;; slot.advance()) {
     for (uint64_t* barrier : {&shared.task_done[slot.stage], &shared.task_free[slot.stage]})  // multiplied and published
       spin_until([&] { return mbarrier_test_or_sleep(barrier, slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
@@ -282,50 +318,68 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
       return;
     }
     const bool is_fc2 = ticket >= first2;
-    const int w = is_fc2 ? ticket - first2 : ticket;
-    const int per_chunk = is_fc2 ? per_chunk2 : per_chunk1, strips = is_fc2 ? strips2 : strips1;
+    int w = is_fc2 ? ticket - first2 : ticket;
+    const int shared_tasks = shared_chunks * (is_fc2 ? per_chunk2 : shared_per_chunk1);
+    const bool is_shared = Traits::kShared && w < shared_tasks;
+    if (!is_shared) w -= shared_tasks;
+    const int tasks1 = is_shared ? shared_per_chunk1 : per_chunk1;  // of a chunk in fc1
+    const int per_chunk = is_fc2 ? per_chunk2 : tasks1, strips = is_fc2 ? strips2 : is_shared ? shared_strips1 : strips1;
     const int chunk = w / per_chunk, strip = (w - chunk * per_chunk) * Traits::kTaskStrips;
-    const int blocks = (is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
-    const int expert = shared.chunk_expert[chunk], rows = shared.chunk_rows[chunk];
-    const uint8_t* weights = (is_fc2 ? args.experts.fc2 : args.experts.fc1) + static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
+    const int counter = is_shared ? chunk : shared_chunks + chunk;
+    const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols, block_bytes = is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;  // of a block
+    const int blocks = (is_fc2 ? is_shared ? args.shared.inter : args.shape.inter : args.shape.hidden) / columns;
+    const int expert = is_shared ? 0 : shared.chunk_expert[chunk];
+    const int first = is_shared ? chunk * Traits::kMaxRows : shared.chunk_first[chunk];
+    const int rows = is_shared ? min(Traits::kMaxRows, args.num_tokens - first) : shared.chunk_rows[chunk];
+    const uint8_t* weights = is_shared ? (is_fc2 ? args.shared.fc2 : args.shared.fc1)
+                                       : (is_fc2 ? args.experts.fc2 : args.experts.fc1) + static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
     uint32_t drawn = 0;
     if (lane == 0) {
       task.weights = weights;
       task.blocks = blocks;
-      task.chunk = chunk;
+      task.counter = counter;
       task.strip = strip;
       task.strips = strips;
+      task.rows = rows;
+      task.first = first;
       task.is_fc2 = is_fc2;
+      task.is_shared = is_shared;
       ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
       drawn = atomicAdd(args.ticket, 1);
-      task.alpha[0] = args.experts.alpha[expert * 3 + (is_fc2 ? 2 : 0)] * kMoeAlphaScale;
-      task.alpha[1] = args.experts.alpha[expert * 3 + 1] * kMoeAlphaScale;
+      const float* alpha = is_shared ? args.shared.alpha : args.experts.alpha + expert * 3;
+      const float scale = is_shared ? 1.0f : kMoeAlphaScale;
+      task.alpha[0] = alpha[is_fc2 ? 2 : 0] * scale;
+      task.alpha[1] = alpha[1] * scale;
     }
-    if (is_fc2 && ready_chunk != chunk) {
-      if (load_acquire(&args.fc1_done[chunk]) < static_cast<uint32_t>(per_chunk1)) {  // few tokens: let L2 have the weights meanwhile
-        const uint32_t strip_bytes = blocks * kMoeBlockBytes;
+    if (is_fc2 && ready_counter != counter) {
+      if (load_acquire(&args.fc1_done[counter]) < static_cast<uint32_t>(tasks1)) {  // few tokens: let L2 have the weights meanwhile
+        const uint32_t strip_bytes = blocks * block_bytes;
         if (lane < Traits::kTaskStrips && strip + lane < strips)
           ptx::bulk_prefetch_l2(weights + static_cast<int64_t>(strip + lane) * strip_bytes, strip_bytes);
       }
-      spin_until([&] { return load_acquire(&args.fc1_done[chunk]) >= static_cast<uint32_t>(per_chunk1); },
-                 "moe stream: h of a chunk", chunk, per_chunk1);
+      spin_until([&] { return load_acquire(&args.fc1_done[counter]) >= static_cast<uint32_t>(tasks1); },
+                 "moe stream: h of a chunk", counter, tasks1);
       fence_proxy_async_all();  // h was written by ordinary stores, the copy engine reads it
-      ready_chunk = chunk;
+      ready_counter = counter;
     }
     const bf16* source = nullptr;
     if (lane < rows) {
-      const int s = shared.slots[shared.chunk_first[chunk] + lane];
-      source = is_fc2 ? args.h + static_cast<int64_t>(s) * args.shape.inter
-                      : args.x + static_cast<int64_t>(s / args.shape.num_topk) * args.shape.hidden;
+      if (is_shared) {
+        source = is_fc2 ? args.shared_h + static_cast<int64_t>(first + lane) * args.shared.inter : args.x + static_cast<int64_t>(first + lane) * args.shape.hidden;
+      } else {
+        const int s = shared.slots[first + lane];
+        source = is_fc2 ? args.h + static_cast<int64_t>(s) * args.shape.inter
+                        : args.x + static_cast<int64_t>(s / args.shape.num_topk) * args.shape.hidden;
+      }
     }
     for (int block = 0; block < blocks; block += Traits::kGroupBlocks, at.advance()) {
-      const uint32_t bytes = min(Traits::kGroupBlocks, blocks - block) * 128;
+      const uint32_t bytes = min(Traits::kGroupBlocks, blocks - block) * columns * 2;
       spin_until([&] { return mbarrier_test_or_sleep(&shared.rows_empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows",
-                 chunk, block);
+                 counter, block);
       if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.rows_full[at.stage], bytes * rows);
       __syncwarp();
       if (lane < rows)
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + lane * Traits::kRowPitch, source + block * kMoeBlockCols, bytes,
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + lane * Traits::kRowPitch, source + block * columns, bytes,
                        &shared.rows_full[at.stage]);
     }
     ticket = static_cast<int>(__shfl_sync(0xffffffffu, drawn, 0));
@@ -341,10 +395,10 @@ __device__ __forceinline__ void stream_publish(const MoeStreamArgs& args, typena
     const typename Traits::Task& task = shared.tasks[slot.stage];
     if (task.blocks == 0) return;
     const bool is_fc2 = task.is_fc2;
-    const int chunk = task.chunk;
-    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_done[slot.stage], slot.phase); }, "moe stream: task done", chunk, is_fc2);
+    const int counter = task.counter;
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_done[slot.stage], slot.phase); }, "moe stream: task done", counter, is_fc2);
     fence_proxy_async_all();
-    add_release(is_fc2 ? args.fc2_done : &args.fc1_done[chunk], 1);
+    add_release(is_fc2 ? args.fc2_done : &args.fc1_done[counter], 1);
     ptx::mbarrier_arrive(&shared.task_free[slot.stage]);
   }
 }
@@ -372,7 +426,7 @@ __device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const 
         add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(args.slot_y + static_cast<int64_t>(token * topk + place) * args.shape.hidden + column)));
     }
     const int64_t at = static_cast<int64_t>(token) * args.shape.hidden + column;
-    if (args.shared_y) add_bf16x8(sum, *reinterpret_cast<const uint4*>(args.shared_y + at));
+    if (args.shared_y) add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(args.shared_y + at)));
     uint32_t out[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) out[j] = encode_bf16(sum[2 * j]).bits | uint32_t(encode_bf16(sum[2 * j + 1]).bits) << 16;
@@ -408,10 +462,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
     }
     for (int i = 0; i < Traits::kStages; ++i) {
       ptx::mbarrier_init(&shared.rows_full[i], 1);
-      ptx::mbarrier_init(&shared.rows_empty[i], Traits::kMathWarps);
+      ptx::mbarrier_init(&shared.rows_empty[i], 32 * Traits::kMathWarps);
     }
     ptx::fence_mbarrier_init();
   }
+  if (Traits::kShared && warp == 1) prefetch_shared(args);
   ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(1);
   uint32_t ticket = 0;
@@ -434,7 +489,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
 
   if (threadIdx.x == 0) {
     DSV4_MOE_STAMP(3);
-    const uint32_t tasks = shared.num_chunks * Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
+    const uint32_t tasks = (shared.num_chunks + stream_shared_chunks<Traits>(args)) * Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
     spin_until([&] { return load_acquire(args.fc2_done) >= tasks; }, "moe stream: all slot outputs", static_cast<int>(tasks), 0);
     DSV4_MOE_STAMP(4);
   }
@@ -447,7 +502,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   if (threadIdx.x == 0) shared.exit_flag = add_acq_rel(args.exited, 1);
   __syncthreads();
   if (shared.exit_flag != gridDim.x - 1) return;
-  for (int i = threadIdx.x; i < shared.num_chunks; i += Traits::kThreads) args.fc1_done[i] = 0;
+  for (int i = threadIdx.x; i < shared.num_chunks + stream_shared_chunks<Traits>(args); i += Traits::kThreads) args.fc1_done[i] = 0;
   if (threadIdx.x == 0) *args.fc2_done = 0, *args.ticket = 0, *args.exited = 0;
 }
 

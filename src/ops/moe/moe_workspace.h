@@ -29,7 +29,7 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
     return offset;
   };
   const int64_t slots = in.num_tokens * in.num_topk;
-  w.fc1_done = take(sm90::kStreamMaxSlots * 4);
+  w.fc1_done = take(sm90::kStreamMaxChunks * 4);
   w.fc2_done = take(moe_fc2_strips(in.hidden) * 4);
   w.exited = take(4);
   w.ticket_stream = take(4);
