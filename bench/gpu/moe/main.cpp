@@ -1,8 +1,9 @@
 // MoE layer on one Hopper GPU: ceilings, timings and checks.
 //
 //   dsv4_bench_gpu_moe [--quick] [--json FILE]   ceilings, then the Flash layer (scripts/gpu_check.sh)
-//   dsv4_bench_gpu_moe time SHAPE [--only T,..] [--routing uniform,zipf] [--tier auto,ring,stream,tiled] [--act a16|a4]
-//                        [--samples N] [--read 0|1] [--parts 0|1] [--shared 0|1] [--ceilings 0|1] [--json FILE]
+//   dsv4_bench_gpu_moe time SHAPE [--only T,..] [--routing uniform,zipf] [--tier auto,before,ring,stream,tiled] [--act a16|a4]
+//                        [--samples N] [--read 0|1] [--parts 0|1] [--shared 0|1] [--apart 0|1] [--ceilings 0|1] [--json FILE]
+//                        (tier before: auto, the shared expert in launches before; apart: a small kernel between layers)
 //   dsv4_bench_gpu_moe check [seed]        many shapes, token counts and routings, every tier, a16 and a4
 //   dsv4_bench_gpu_moe fuzz N [SHAPE]      N random (T, routing) cases
 //   dsv4_bench_gpu_moe run SHAPE T TIER    three plain launches, for profilers
