@@ -11,8 +11,8 @@
 # Every binary named dsv4_tests_gpu_* and dsv4_bench_gpu_* is run. JSON and logs go to $OUT if set, else to docs/results/ and build/gpu/logs/;
 # gpu_check.json has the date, the card and what passed; each bench's JSON has the ceilings of its run (copy, read; the MoE bench also
 # BF16 8192^3 by cuBLASLt). A step in which no test passed, or one was skipped for want of a GPU or of kernels for it, has failed.
-# Sanitizers (memcheck, racecheck, initcheck) run the small cases: the gtest filter in tests/gpu/<binary>.sanitize (or beside the
-# binary), or every test but those named *Exhaustive* when there is none.
+# Sanitizers (memcheck, racecheck, initcheck) run the small cases: each line of tests/gpu/<binary>.sanitize (or beside the binary) is the
+# gtest filter of a process, or every test but those named *Exhaustive* when there is none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin='' tests=1 sanitize=1 bench=1 quick='' only='' jobs=$((($(nproc) + 1) / 2))
@@ -128,15 +128,17 @@ if [ -n "$sanitize" ]; then
     names=()
     for test in "$bin"/dsv4_tests_gpu_${only:-*}; do
       if ! [ -x "$test" ] || [[ $test == *.sanitize ]]; then continue; fi
-      filter='-*Exhaustive*'
+      filters=('-*Exhaustive*')
       for list in "$root/tests/gpu/$(basename "$test").sanitize" "$test.sanitize"; do
-        [ -f "$list" ] && filter=$(cat "$list")
+        [ -f "$list" ] && mapfile -t filters <"$list"
       done
-      for tool in memcheck racecheck initcheck; do
-        name="$tool $(basename "$test")"
-        names+=("$name")
-        while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
-        start "$name" timeout 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 --gtest_filter="$filter" &
+      for tool in racecheck memcheck initcheck; do  # the slowest first
+        for i in "${!filters[@]}"; do
+          name="$tool $(basename "$test")$([ ${#filters[@]} -eq 1 ] || echo " $((i + 1))")"
+          names+=("$name")
+          while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+          start "$name" timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 9 "$test" --gtest_brief=1 --gtest_filter="${filters[i]}" &
+        done
       done
     done
     wait

@@ -47,8 +47,6 @@ class Bench {
   void latency(const std::string& op, const std::string& shape, const std::function<void(const GpuContext&, int)>& body);
   void record(Result result) { results_.push_back(std::move(result)); }
 
-  double copy_ceiling() const { return copy_; }  // bytes/s, read + written
-  double read_ceiling() const { return read_; }
   bool quick() const { return quick_; }
   GpuContext context() const { return context_; }
 

@@ -17,7 +17,6 @@
 
 namespace dsv4 {
 
-constexpr float kE2m1Max = 6.0f;
 
 DSV4_HD constexpr uint8_t encode_e2m1(float x) {
   const uint32_t u = detail::float_bits(x);

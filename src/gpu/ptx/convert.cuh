@@ -69,11 +69,6 @@ __device__ __forceinline__ uint32_t abs_bf16x2(uint32_t a) {
   asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(a));
   return result;
 }
-__device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
-  uint32_t result;
-  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  return result;
-}
 __device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

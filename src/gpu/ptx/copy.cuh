@@ -13,14 +13,9 @@ namespace dsv4::ptx {
 
 // L2 eviction priorities as createpolicy would make them.
 enum class L2Hint : uint64_t {
-  kEvictNormal = 0x1000000000000000ull,
   kEvictFirst = 0x12F0000000000000ull,
-  kEvictLast = 0x14F0000000000000ull,
 };
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
 
 // ---- plain bulk copies: bytes a multiple of 16, both addresses 16-byte aligned ----
 
@@ -43,11 +38,6 @@ __device__ __forceinline__ void bulk_prefetch_l2(const void* global, uint32_t by
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// At most kPending groups of this thread still read their shared memory.
-template <int kPending>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -77,12 +67,6 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const CUtensor
       "l"(map), "r"(c0), "r"(c1), "r"(smem_address(barrier)), "h"(cta_mask)
       : "memory");
 }
-__device__ __forceinline__ void tma_load_3d(void* smem, const CUtensorMap* map, int32_t c0, int32_t c1, int32_t c2, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-                   smem_address(smem)),
-               "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(smem_address(barrier))
-               : "memory");
-}
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* smem, int32_t c0, int32_t c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(c0), "r"(c1),
                "r"(smem_address(smem))
@@ -93,10 +77,6 @@ __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void*
 
 __device__ __forceinline__ void async_copy_16(void* smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(global) : "memory");
-}
-// Writes zeros instead when valid is false (nothing is read).
-__device__ __forceinline__ void async_copy_16_or_zero(void* smem, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(smem)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

@@ -20,25 +20,12 @@ __device__ __forceinline__ uint8_t* dynamic_smem() {
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ __forceinline__ void mbarrier_inval(uint64_t* barrier) {
-  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
-}
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 // Arrives once and adds bytes to what the phase waits for.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
-}
-// Arrives on the barrier at the same offset in another CTA of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, uint32_t cta_rank) {
-  asm volatile(
-      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)), "r"(cta_rank)
-      : "memory");
 }
 // True once the phase with this parity has completed; may suspend the thread for a while.
 __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
@@ -82,7 +69,6 @@ __device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_
 __device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Generic-proxy writes to shared memory become visible to the async proxy (TMA stores, wgmma operands).
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- barriers ----
 
@@ -113,12 +99,6 @@ __device__ __forceinline__ uint32_t map_to_cta(const void* pointer, uint32_t cta
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(pointer)), "r"(cta_rank));
   return remote;
 }
-__device__ __forceinline__ void store_cluster_f32(uint32_t address, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}
-__device__ __forceinline__ void store_cluster_f64(uint32_t address, double value) {
-  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(address), "d"(value) : "memory");
-}
 // Stores into another CTA and counts the bytes on an mbarrier there (st.async, 9.7.9.12): no cluster barrier, nothing else is waited for.
 // Both addresses come from map_to_cta with the same rank.
 __device__ __forceinline__ void store_async_cluster_f32(uint32_t address, float value, uint32_t barrier) {
@@ -132,11 +112,6 @@ __device__ __forceinline__ void store_async_cluster_f64(uint32_t address, double
 __device__ __forceinline__ int32_t load_cluster_s32(uint32_t address) {
   int32_t value;
   asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-  return value;
-}
-__device__ __forceinline__ float load_cluster_f32(uint32_t address) {
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
 

@@ -23,7 +23,6 @@
 
 namespace dsv4 {
 
-constexpr int kMoeStripRows = 64;
 constexpr int kMoeBlockCols = 64;
 constexpr int kMoeBlockCodeBytes = 2048;
 constexpr int kMoeBlockBytes = kMoeBlockCodeBytes + 256;
