@@ -89,7 +89,9 @@ class Chat {
     ProgressLine line(quiet_);
     GenerateCallbacks callbacks;
     callbacks.keep_going = [] { return !interrupted(); };
-    callbacks.on_prefill = [&](int64_t done, int64_t total) { line.update(fmt::format("prefill {} / {}", done, total)); };
+    callbacks.on_prefill = [&](int64_t done, int64_t total) {
+      line.update(fmt::format("prefill {} / {}", done, total));
+    };
     callbacks.on_text = [&](std::string_view piece) {
       line.finish();
       show(piece);
@@ -165,7 +167,8 @@ void register_chat(CLI::App& app, GlobalOptions& global) {
   add_sampling_options(*command, options->sampling);
   command->add_option("--system", options->system, "system message");
   command->add_flag("--think", options->think, "reason before answering");
-  command->add_option("--effort", options->effort, "reasoning effort, as the checkpoint's encoding/ names it (needs --think)");
+  command->add_option("--effort", options->effort,
+                      "reasoning effort, as the checkpoint's encoding/ names it (needs --think)");
   command->callback([options, &global] { run(*options, global); });
 }
 

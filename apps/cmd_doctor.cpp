@@ -39,20 +39,11 @@ CpuidLeaf cpuid(unsigned leaf, unsigned subleaf) {
 std::vector<CpuFeature> cpu_features() {
   const CpuidLeaf l1 = cpuid(1, 0), l7 = cpuid(7, 0), l7b = cpuid(7, 1);
   const auto bit = [](unsigned word, int n) { return (word >> n & 1u) != 0; };
-  return {{"avx2", bit(l7.b, 5)},
-          {"fma", bit(l1.c, 12)},
-          {"f16c", bit(l1.c, 29)},
-          {"avx512f", bit(l7.b, 16)},
-          {"avx512bw", bit(l7.b, 30)},
-          {"avx512vl", bit(l7.b, 31)},
-          {"avx512dq", bit(l7.b, 17)},
-          {"avx512_vnni", bit(l7.c, 11)},
-          {"avx512_vbmi", bit(l7.c, 1)},
-          {"avx512_bf16", bit(l7b.a, 5)},
-          {"avx512_fp16", bit(l7.d, 23)},
-          {"amx_tile", bit(l7.d, 24)},
-          {"amx_bf16", bit(l7.d, 22)},
-          {"amx_int8", bit(l7.d, 25)}};
+  return {{"avx2", bit(l7.b, 5)},         {"fma", bit(l1.c, 12)},         {"f16c", bit(l1.c, 29)},
+          {"avx512f", bit(l7.b, 16)},     {"avx512bw", bit(l7.b, 30)},    {"avx512vl", bit(l7.b, 31)},
+          {"avx512dq", bit(l7.b, 17)},    {"avx512_vnni", bit(l7.c, 11)}, {"avx512_vbmi", bit(l7.c, 1)},
+          {"avx512_bf16", bit(l7b.a, 5)}, {"avx512_fp16", bit(l7.d, 23)}, {"amx_tile", bit(l7.d, 24)},
+          {"amx_bf16", bit(l7.d, 22)},    {"amx_int8", bit(l7.d, 25)}};
 }
 
 std::string cpu_model_name() {
@@ -145,18 +136,23 @@ struct OpChoice {
 std::vector<OpChoice> op_choices(CpuIsa isa) {
   if (isa == CpuIsa::kReference) return {{"all", "reference", "no AVX2 + FMA: plain loops"}};
   const std::string vec = isa == CpuIsa::kAvx2 ? "avx2" : "avx512";
-  const std::string why = isa == CpuIsa::kAvx2 ? "AVX2 and FMA present, AVX-512 (F, BW, VL, DQ, VNNI, VBMI, BF16) not complete"
-                                               : "AVX-512 complete";
+  const std::string why = isa == CpuIsa::kAvx2
+                              ? "AVX2 and FMA present, AVX-512 (F, BW, VL, DQ, VNNI, VBMI, BF16) not complete"
+                              : "AVX-512 complete";
   const std::string a4 = isa == CpuIsa::kAvx2 ? "int8 products by maddubs" : "int8 products by VNNI";
   const std::string f32 = "binary32 products of exactly decoded weights";
   const OpChoice others{"attention, indexer, compressor, norm, rope, router, hyper_connection", vec, why};
   if (isa == CpuIsa::kAmx)
-    return {{"gemm, moe (a16)", "amx", "AMX complete; bf16 tiles of exactly decoded weights (avx512 where weights are F32)"},
+    return {{"gemm, moe (a16)", "amx",
+             "AMX complete; bf16 tiles of exactly decoded weights (avx512 where weights are F32)"},
             {"gemm, moe (a4)", "amx", "the same tiles (with few rows avx512, " + a4 + "), bit for bit the reference"},
             {"gemm, moe (exact)", vec, f32},
             others};
-  const std::string no_amx = isa == CpuIsa::kAvx512 ? ", AMX (TILE, BF16, INT8, AVX512_FP16) not complete or not permitted" : "";
-  return {{"gemm, moe (a16, exact)", vec, why + no_amx + "; " + f32}, {"gemm, moe (a4)", vec, a4 + ", bit for bit the reference"}, others};
+  const std::string no_amx =
+      isa == CpuIsa::kAvx512 ? ", AMX (TILE, BF16, INT8, AVX512_FP16) not complete or not permitted" : "";
+  return {{"gemm, moe (a16, exact)", vec, why + no_amx + "; " + f32},
+          {"gemm, moe (a4)", vec, a4 + ", bit for bit the reference"},
+          others};
 }
 
 #if defined(DSV4_WITH_CUDA)
@@ -174,11 +170,13 @@ Json report_json() {
   Json features = Json::object();
   for (const CpuFeature& f : cpu_features()) features[f.name] = f.present;
   Json ops = Json::array();
-  for (const OpChoice& c : op_choices(best_cpu_isa())) ops.push_back({{"op", c.op}, {"choice", c.choice}, {"reason", c.reason}});
+  for (const OpChoice& c : op_choices(best_cpu_isa()))
+    ops.push_back({{"op", c.op}, {"choice", c.choice}, {"reason", c.reason}});
   const GpuReport gpus = query_gpus();
   Json devices = Json::array();
   for (const Gpu& g : gpus.gpus)
-    devices.push_back({{"name", g.name}, {"compute_capability", fmt::format("{}.{}", g.major, g.minor)}, {"bytes", g.bytes}});
+    devices.push_back(
+        {{"name", g.name}, {"compute_capability", fmt::format("{}.{}", g.major, g.minor)}, {"bytes", g.bytes}});
   return {{"cpu",
            {{"model", cpu_model_name()},
             {"cpus", available_cpus()},
@@ -195,17 +193,21 @@ Json report_json() {
 
 void print_report() {
   std::printf("cpu      %s\n", cpu_model_name().c_str());
-  std::printf("         %d CPUs for this process, %d NUMA node(s), instruction set: %s\n", available_cpus(), numa_nodes(),
-              std::string(cpu_isa_name(best_cpu_isa())).c_str());
+  std::printf("         %d CPUs for this process, %d NUMA node(s), instruction set: %s\n", available_cpus(),
+              numa_nodes(), std::string(cpu_isa_name(best_cpu_isa())).c_str());
   std::string have, lack;
   for (const CpuFeature& f : cpu_features()) (f.present ? have : lack) += std::string(" ") + f.name;
-  std::printf("         has     %s\n         lacks   %s\n", have.c_str(), lack.empty() ? " nothing we use" : lack.c_str());
-  std::printf("memory   %s, %s available, transparent huge pages: %s\n", gibibytes(meminfo_kb("MemTotal") << 10).c_str(),
-              gibibytes(meminfo_kb("MemAvailable") << 10).c_str(),
+  std::printf("         has     %s\n         lacks   %s\n", have.c_str(),
+              lack.empty() ? " nothing we use" : lack.c_str());
+  std::printf("memory   %s, %s available, transparent huge pages: %s\n",
+              gibibytes(meminfo_kb("MemTotal") << 10).c_str(), gibibytes(meminfo_kb("MemAvailable") << 10).c_str(),
               first_line("/sys/kernel/mm/transparent_hugepage/enabled").c_str());
   const GpuReport gpus = query_gpus();
-  if (!gpus.problem.empty()) std::printf("gpu      none: %s\n", gpus.problem.c_str());
-  else std::printf("gpu      driver for CUDA %d.%d, %zu device(s)\n", gpus.driver / 1000, gpus.driver % 1000 / 10, gpus.gpus.size());
+  if (!gpus.problem.empty())
+    std::printf("gpu      none: %s\n", gpus.problem.c_str());
+  else
+    std::printf("gpu      driver for CUDA %d.%d, %zu device(s)\n", gpus.driver / 1000, gpus.driver % 1000 / 10,
+                gpus.gpus.size());
   for (const Gpu& g : gpus.gpus)
     std::printf("         %s, sm_%d%d, %s\n", g.name.c_str(), g.major, g.minor, gibibytes(g.bytes).c_str());
   std::printf("ops on cpu\n");
@@ -213,8 +215,7 @@ void print_report() {
     std::printf("         %s: %s (%s)\n", c.op.c_str(), c.choice.c_str(), c.reason.c_str());
 #if defined(DSV4_WITH_CUDA)
   std::printf("ops on cuda\n");
-  for (const Gpu& g : gpus.gpus)
-    std::printf("         %s: %s\n", g.name.c_str(), cuda_kernels(g.major, g.minor));
+  for (const Gpu& g : gpus.gpus) std::printf("         %s: %s\n", g.name.c_str(), cuda_kernels(g.major, g.minor));
 #else
   std::printf("ops on cuda: none, this build has no CUDA (DSV4_CUDA=OFF)\n");
 #endif
@@ -224,11 +225,14 @@ void print_report() {
 
 void register_doctor(CLI::App& app, GlobalOptions&) {
   auto json = std::make_shared<bool>(false);
-  CLI::App* command = app.add_subcommand("doctor", "what this machine offers and which implementation each op will use");
+  CLI::App* command =
+      app.add_subcommand("doctor", "what this machine offers and which implementation each op will use");
   command->add_flag("--json", *json, "one JSON object instead of text");
   command->callback([json] {
-    if (*json) std::printf("%s\n", report_json().dump(2).c_str());
-    else print_report();
+    if (*json)
+      std::printf("%s\n", report_json().dump(2).c_str());
+    else
+      print_report();
   });
 }
 

@@ -37,13 +37,15 @@ void run_ppl(const PplOptions& options, GlobalOptions& global) {
   install_interrupt_handler();
   const auto engine = open_engine(options.model, global);
   std::vector<TokenId> tokens{static_cast<TokenId>(engine->config().bos_token_id)};
-  const auto text_tokens = engine->tokenizer().encode(read_text_file(options.text_path, 1ull << 30), /*parse_special=*/false);
+  const auto text_tokens =
+      engine->tokenizer().encode(read_text_file(options.text_path, 1ull << 30), /*parse_special=*/false);
   tokens.insert(tokens.end(), text_tokens.begin(), text_tokens.end());
   if (std::ssize(tokens) <= options.ctx)
-    throw_bad_input("{}: text of {} tokens (BOS included) has no complete window of {} and its next token", options.text_path,
-                    tokens.size(), options.ctx);
+    throw_bad_input("{}: text of {} tokens (BOS included) has no complete window of {} and its next token",
+                    options.text_path, tokens.size(), options.ctx);
   ProgressLine line(global.quiet);
-  const PerplexityResult result = evaluate_perplexity(*engine, tokens, options.ctx, options.windows, progress_callback(line));
+  const PerplexityResult result =
+      evaluate_perplexity(*engine, tokens, options.ctx, options.windows, progress_callback(line));
   line.finish();
   if (interrupted()) global.exit_code = 130;
   if (result.num_scored == 0) return;
@@ -59,12 +61,13 @@ void run_ppl(const PplOptions& options, GlobalOptions& global) {
                             .dump(2)
                             .c_str());
   } else {
-    std::printf("perplexity %.4f per token, %.5f nats per byte (%lld windows of %lld, %lld tokens)\n", result.perplexity(),
-                result.nats_per_byte(), static_cast<long long>(result.num_windows), static_cast<long long>(options.ctx),
-                static_cast<long long>(result.num_scored));
+    std::printf("perplexity %.4f per token, %.5f nats per byte (%lld windows of %lld, %lld tokens)\n",
+                result.perplexity(), result.nats_per_byte(), static_cast<long long>(result.num_windows),
+                static_cast<long long>(options.ctx), static_cast<long long>(result.num_scored));
   }
   if (!global.quiet)
-    std::fprintf(stderr, "%.1f s, %.0f tokens/s\n", result.seconds, static_cast<double>(result.num_scored) / result.seconds);
+    std::fprintf(stderr, "%.1f s, %.0f tokens/s\n", result.seconds,
+                 static_cast<double>(result.num_scored) / result.seconds);
 }
 
 void run_logits(const LogitsOptions& options, GlobalOptions& global) {
@@ -83,9 +86,12 @@ void run_logits(const LogitsOptions& options, GlobalOptions& global) {
   std::vector<std::pair<std::string, TensorView>> out{
       {"logits", {DType::kF32, {result.num_tokens, config.vocab_size}, bytes(result.logits)}}};
   if (options.layers)
-    out.push_back({"layer_streams", {DType::kF32, {config.num_layers, result.num_tokens, config.num_hc, config.hidden},
-                                     bytes(result.layer_streams)}});
-  if (options.margins) out.push_back({"decision_margin", {DType::kF32, {result.num_tokens}, bytes(result.decision_margin)}});
+    out.push_back({"layer_streams",
+                   {DType::kF32,
+                    {config.num_layers, result.num_tokens, config.num_hc, config.hidden},
+                    bytes(result.layer_streams)}});
+  if (options.margins)
+    out.push_back({"decision_margin", {DType::kF32, {result.num_tokens}, bytes(result.decision_margin)}});
   write_safetensors(options.out_path, out);
 }
 
@@ -99,7 +105,9 @@ void register_eval(CLI::App& app, GlobalOptions& global) {
   auto* ppl = eval->add_subcommand("ppl", "perplexity of BOS + text over cold windows");
   add_model_options(*ppl, ppl_options->model);
   ppl->add_option("--text", ppl_options->text_path, "UTF-8 text file")->required();
-  ppl->add_option("--ctx", ppl_options->ctx, "tokens per window")->check(CLI::Range(int64_t{1}, int64_t{1} << 20))->capture_default_str();
+  ppl->add_option("--ctx", ppl_options->ctx, "tokens per window")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str();
   ppl->add_option("--windows", ppl_options->windows, "number of windows, 0: all complete ones")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 40))
       ->capture_default_str();

@@ -52,7 +52,8 @@ void run(const Options& options, GlobalOptions& global) {
   install_interrupt_handler();
   const auto engine = open_engine(options.model, global);
   const std::vector<TokenId> prompt = prompt_ids(options, *engine);
-  const GenerateOptions generate_options = to_generate_options(options.sampling, engine->checkpoint().generation_defaults());
+  const GenerateOptions generate_options =
+      to_generate_options(options.sampling, engine->checkpoint().generation_defaults());
   Session session(*engine);
   ProgressLine line(global.quiet);
   GenerateCallbacks callbacks;
@@ -81,7 +82,8 @@ void register_generate(CLI::App& app, GlobalOptions& global) {
   auto* source = command->add_option_group("prompt");
   source->add_option("-p,--prompt", options->prompt, "prompt text, - for standard input");
   source->add_option("-f,--file", options->prompt_path, "file with the prompt text");
-  source->add_option("--tokens-in", options->tokens_path, "file with token ids: safetensors (input_ids), JSON array or plain numbers");
+  source->add_option("--tokens-in", options->tokens_path,
+                     "file with token ids: safetensors (input_ids), JSON array or plain numbers");
   source->require_option(1);
   add_sampling_options(*command, options->sampling);
   command->add_flag("--json", options->json, "one JSON object on stdout when done");

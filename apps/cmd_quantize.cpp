@@ -44,8 +44,8 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 void print_report(const QuantizeReport& report) {
-  fmt::print("{:<26} {:>8} {:>16} {:<24} {:>9} {:>9} {:>9} {:>10} {:>10}\n", "kind", "tensors", "from", "  to", "rel.error",
-             "saturated", "zeroed", "before", "after");
+  fmt::print("{:<26} {:>8} {:>16} {:<24} {:>9} {:>9} {:>9} {:>10} {:>10}\n", "kind", "tensors", "from", "  to",
+             "rel.error", "saturated", "zeroed", "before", "after");
   for (const QuantizeKindStats& row : report.kinds) {
     const bool is_copy = row.from.empty();
     fmt::print("{:<26} {:>8} {:>16} {:<24} {:>9} {:>9} {:>9} {:>10} {:>10}\n", row.kind, row.num_matrices, row.from,
@@ -55,7 +55,8 @@ void print_report(const QuantizeReport& report) {
   }
   for (const std::string& note : report.notes) fmt::print("note: {}\n", note);
   fmt::print("{} -> {} in {} file{}\n", human_bytes(static_cast<double>(report.source_bytes)),
-             human_bytes(static_cast<double>(report.target_bytes)), report.num_shards, report.num_shards == 1 ? "" : "s");
+             human_bytes(static_cast<double>(report.target_bytes)), report.num_shards,
+             report.num_shards == 1 ? "" : "s");
 }
 
 void run_quantize(const Settings& settings, const GlobalOptions& global) {
@@ -86,10 +87,12 @@ void run_quantize(const Settings& settings, const GlobalOptions& global) {
     return;
   }
   if (report.num_resumed_shards > 0)
-    fmt::print("continued an earlier run: {} of {} files were finished\n", report.num_resumed_shards, report.num_shards);
+    fmt::print("continued an earlier run: {} of {} files were finished\n", report.num_resumed_shards,
+               report.num_shards);
   const double seconds = seconds_since(start);
-  fmt::print("{}: {} read in {:.1f} s ({:.0f} MB/s)\n", options.target, human_bytes(static_cast<double>(report.source_bytes)),
-             seconds, static_cast<double>(report.source_bytes) / 1e6 / seconds);
+  fmt::print("{}: {} read in {:.1f} s ({:.0f} MB/s)\n", options.target,
+             human_bytes(static_cast<double>(report.source_bytes)), seconds,
+             static_cast<double>(report.source_bytes) / 1e6 / seconds);
 }
 
 }  // namespace
@@ -98,20 +101,26 @@ void register_quantize(CLI::App& app, GlobalOptions& global) {
   auto settings = std::make_shared<Settings>();
   CLI::App* command = app.add_subcommand(
       "quantize", "make an NVFP4 checkpoint (ModelOpt names) from a BF16, FP8 + MXFP4 or compressed-tensors one");
-  command->footer("DST appears only when complete; until then the work is in DST.partial, and the same command continues it.");
+  command->footer(
+      "DST appears only when complete; until then the work is in DST.partial, and the same command continues it.");
   command->add_option("SRC", settings->options.source, "checkpoint folder; never changed")->required();
   command->add_option("DST", settings->options.target, "folder to make")->required();
   command->add_option("--dense", settings->dense, "attention, indexer and shared experts")
       ->check(CLI::IsMember({"keep", "fp8", "nvfp4"}))
       ->capture_default_str();
-  command->add_option("--scale", settings->scale, "how block scales are chosen: modelopt (byte for byte), mse or 4over6 (less error)")
+  command
+      ->add_option("--scale", settings->scale,
+                   "how block scales are chosen: modelopt (byte for byte), mse or 4over6 (less error)")
       ->check(CLI::IsMember({"modelopt", "mse", "4over6"}))
       ->capture_default_str();
-  command->add_option("--threads", settings->options.num_threads, "0 = all CPUs")->check(CLI::Range(0, 4096))->capture_default_str();
+  command->add_option("--threads", settings->options.num_threads, "0 = all CPUs")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
   command->add_option("--shard-mb", settings->shard_mb, "largest weight file, in MiB")
       ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 20))
       ->capture_default_str();
-  command->add_flag("--overwrite", settings->options.overwrite, "replace DST if it exists, drop an unfinished run of other options");
+  command->add_flag("--overwrite", settings->options.overwrite,
+                    "replace DST if it exists, drop an unfinished run of other options");
   command->callback([settings, &global] { run_quantize(*settings, global); });
 }
 

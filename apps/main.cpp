@@ -14,7 +14,8 @@
 namespace {
 
 constexpr const char* kExitCodes =
-    "exit codes: 0 done, 1 bad input, 2 wrong usage, 3 resource missing (memory, disk, permission, device), 4 internal error, "
+    "exit codes: 0 done, 1 bad input, 2 wrong usage, 3 resource missing (memory, disk, permission, device), 4 internal "
+    "error, "
     "130 interrupted";
 
 void install_stderr_log(const dsv4::app::GlobalOptions& options) {

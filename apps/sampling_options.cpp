@@ -9,10 +9,14 @@ void add_sampling_options(CLI::App& command, SamplingOptions& options) {
   command.add_option("-n,--max-tokens", options.max_tokens, "most tokens to generate")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30))
       ->capture_default_str();
-  command.add_option("--temp", options.temperature, "temperature, 0: greedy (default: generation_config.json)")->check(CLI::Range(0.0f, 100.0f));
-  command.add_option("--top-p", options.top_p, "smallest set of tokens with this probability (default: generation_config.json)")
+  command.add_option("--temp", options.temperature, "temperature, 0: greedy (default: generation_config.json)")
+      ->check(CLI::Range(0.0f, 100.0f));
+  command
+      .add_option("--top-p", options.top_p,
+                  "smallest set of tokens with this probability (default: generation_config.json)")
       ->check(CLI::Range(0.0f, 1.0f));
-  command.add_option("--top-k", options.top_k, "the k likeliest tokens, 0: all (default: generation_config.json)")->check(CLI::Range(0, 1 << 30));
+  command.add_option("--top-k", options.top_k, "the k likeliest tokens, 0: all (default: generation_config.json)")
+      ->check(CLI::Range(0, 1 << 30));
   command.add_option("--min-p", options.min_p, "drop tokens below this share of the likeliest one's probability")
       ->check(CLI::Range(0.0f, 1.0f))
       ->capture_default_str();
@@ -33,9 +37,12 @@ GenerateOptions to_generate_options(const SamplingOptions& options, const Genera
 }
 
 void print_statistics(const GenerateResult& result, double bytes_per_token) {
-  std::fprintf(stderr, "prefill %lld tokens, %.1f tokens/s; decode %zu tokens, %.1f tokens/s (%.1f MB of weights per token, %.1f GB/s)\n",
+  std::fprintf(stderr,
+               "prefill %lld tokens, %.1f tokens/s; decode %zu tokens, %.1f tokens/s (%.1f MB of weights per token, "
+               "%.1f GB/s)\n",
                static_cast<long long>(result.prefill_tokens), result.prefill_tokens_per_second(), result.ids.size(),
-               result.decode_tokens_per_second(), bytes_per_token / 1e6, bytes_per_token * result.decode_tokens_per_second() / 1e9);
+               result.decode_tokens_per_second(), bytes_per_token / 1e6,
+               bytes_per_token * result.decode_tokens_per_second() / 1e9);
 }
 
 }  // namespace dsv4::app

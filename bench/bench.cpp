@@ -19,9 +19,7 @@ constexpr BenchOp kOps[] = {
     {"compressor", "CSA and HCA compression of a chunk", bench_compressor},
 };
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 uint64_t next_random(uint64_t& state) {  // splitmix64
   uint64_t z = (state += 0x9e3779b97f4a7c15ull);
@@ -85,7 +83,8 @@ RandomWeight random_weight(WeightFormat format, int64_t rows, int64_t cols, uint
       w.data.resize(static_cast<size_t>(rows * cols * width));
       fill_random(w.data, state);
       // Exponents near 2^-4: finite, neither vanishing nor overflowing in sums.
-      for (int64_t i = width - 1; i < rows * cols * width; i += width) w.data[i] = static_cast<uint8_t>((w.data[i] & 0x80) | 0x3d);
+      for (int64_t i = width - 1; i < rows * cols * width; i += width)
+        w.data[i] = static_cast<uint8_t>((w.data[i] & 0x80) | 0x3d);
       break;
     }
     case WeightFormat::kFp8Block:
@@ -113,14 +112,16 @@ RandomWeight random_weight(WeightFormat format, int64_t rows, int64_t cols, uint
 std::vector<float> random_bf16_values(int64_t count, uint64_t seed) {
   std::vector<float> x(static_cast<size_t>(count));
   uint64_t state = seed;
-  for (float& v : x) v = round_bf16(static_cast<float>(static_cast<int64_t>(next_random(state) >> 40) - (1 << 23)) * 0x1p-22f);
+  for (float& v : x)
+    v = round_bf16(static_cast<float>(static_cast<int64_t>(next_random(state) >> 40) - (1 << 23)) * 0x1p-22f);
   return x;
 }
 
 Json to_json(const Ceilings& c) {
-  return {{"read_one_gbs", c.read_one / 1e9}, {"read_all_gbs", c.read_all / 1e9},     {"copy_one_gbs", c.copy_one / 1e9},
-          {"copy_all_gbs", c.copy_all / 1e9}, {"f32_gflops", c.f32_flops / 1e9},      {"bf16_dot_gflops", c.bf16_dot_flops / 1e9},
-          {"int8_dot_gops", c.int8_dot_ops / 1e9}, {"bf16_tile_gflops", c.bf16_tile_flops / 1e9},
+  return {{"read_one_gbs", c.read_one / 1e9},       {"read_all_gbs", c.read_all / 1e9},
+          {"copy_one_gbs", c.copy_one / 1e9},       {"copy_all_gbs", c.copy_all / 1e9},
+          {"f32_gflops", c.f32_flops / 1e9},        {"bf16_dot_gflops", c.bf16_dot_flops / 1e9},
+          {"int8_dot_gops", c.int8_dot_ops / 1e9},  {"bf16_tile_gflops", c.bf16_tile_flops / 1e9},
           {"int8_tile_gops", c.int8_tile_ops / 1e9}};
 }
 

@@ -17,13 +17,14 @@
 namespace dsv4::bench {
 
 struct BenchOptions {
-  std::string shape = "flash";              // flash, pro, demo
+  std::string shape = "flash";  // flash, pro, demo
   std::vector<int64_t> rows{1, 2, 4, 8, 32, 128, 512};
-  std::string filter;                       // only cases whose name contains it
-  int64_t working_set_bytes = 1280ll << 20;  // weights rotated over: larger than the last-level cache (300 MiB on big Xeons)
+  std::string filter;  // only cases whose name contains it
+  int64_t working_set_bytes =
+      1280ll << 20;  // weights rotated over: larger than the last-level cache (300 MiB on big Xeons)
   int min_reps = 20;
-  double min_seconds = 0.3;                 // per case
-  double max_seconds = 3.0;                 // a case stops here whatever min_reps says (never below 3 repetitions)
+  double min_seconds = 0.3;  // per case
+  double max_seconds = 3.0;  // a case stops here whatever min_reps says (never below 3 repetitions)
 };
 
 // Dimensions of the models the kernels are for (spec 1.1); demo is the test model.
@@ -36,11 +37,11 @@ ModelShape model_shape(const std::string& name);
 // Bytes per second and operations per second of this machine, with the threads of the run.
 struct Ceilings {
   double read_one = 0, read_all = 0, copy_one = 0, copy_all = 0;  // bytes/s; copy counts bytes read plus written
-  double f32_flops = 0;       // FMA
-  double bf16_dot_flops = 0;  // vdpbf16ps; 0 where absent
-  double int8_dot_ops = 0;    // vpdpbusd, or maddubs + madd + add on AVX2
-  double bf16_tile_flops = 0; // tdpbf16ps; 0 unless the run uses AMX
-  double int8_tile_ops = 0;   // tdpbssd
+  double f32_flops = 0;                                           // FMA
+  double bf16_dot_flops = 0;                                      // vdpbf16ps; 0 where absent
+  double int8_dot_ops = 0;                                        // vpdpbusd, or maddubs + madd + add on AVX2
+  double bf16_tile_flops = 0;                                     // tdpbf16ps; 0 unless the run uses AMX
+  double int8_tile_ops = 0;                                       // tdpbssd
 
   // What bounds the arithmetic of bf16 values and of NVFP4 x NVFP4 on this run's kernels.
   double a16_flops() const { return bf16_tile_flops > 0 ? bf16_tile_flops : f32_flops; }
@@ -53,10 +54,10 @@ Ceilings measure_ceilings(const CpuContext& context);
 struct BenchResult {
   std::string op, name;
   int64_t rows = 0;
-  double seconds = 0;         // median of one call
+  double seconds = 0;  // median of one call
   int reps = 0;
   OpCost cost;
-  double floor_seconds = 0;   // max(bytes / read_all, flops / peak)
+  double floor_seconds = 0;  // max(bytes / read_all, flops / peak)
 };
 
 class Bench {

@@ -29,9 +29,7 @@ Area allocate(int64_t bytes) {
   return Area(static_cast<std::byte*>(p));
 }
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Best of several: a ceiling is what the machine can do, not what it did while others used it.
 double best_rate(double amount, int reps, const std::function<void()>& pass) {
@@ -90,8 +88,9 @@ double all_threads(ThreadPool& pool, double (*peak)()) {
 Ceilings measure_ceilings(const CpuContext& context) {
   Ceilings c;
   const Area data = allocate(kStreamBytes);
-  context.pool.parallel_for(kStreamBytes / kStreamChunk,
-                            [&](int64_t i) { std::memset(data.get() + i * kStreamChunk, static_cast<int>(i + 1), kStreamChunk); });
+  context.pool.parallel_for(kStreamBytes / kStreamChunk, [&](int64_t i) {
+    std::memset(data.get() + i * kStreamChunk, static_cast<int>(i + 1), kStreamChunk);
+  });
   ThreadPool one(1);
   c.read_one = read_rate(one, data.get());
   c.read_all = read_rate(context.pool, data.get());

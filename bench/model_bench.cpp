@@ -41,7 +41,8 @@ class TemporaryCheckpoint {
     synth.variant = SynthVariant::kModelOpt;
     synth.num_threads = options.num_threads;
     synth.progress = [&](int64_t done, int64_t total) {
-      progress(fmt::format("writing a synthetic checkpoint: {:.1f} / {:.1f} GB", static_cast<double>(done) / 1e9, static_cast<double>(total) / 1e9));
+      progress(fmt::format("writing a synthetic checkpoint: {:.1f} / {:.1f} GB", static_cast<double>(done) / 1e9,
+                           static_cast<double>(total) / 1e9));
     };
     write_synth_checkpoint(folder_, synth);
   }
@@ -57,7 +58,8 @@ class TemporaryCheckpoint {
 
 }  // namespace
 
-ModelBenchResult bench_model(const ModelBenchOptions& options, const std::function<void(const std::string&)>& progress) {
+ModelBenchResult bench_model(const ModelBenchOptions& options,
+                             const std::function<void(const std::string&)>& progress) {
   std::optional<TemporaryCheckpoint> temporary;
   if (options.folder.empty()) temporary.emplace(options, progress);
   ModelBenchResult result;

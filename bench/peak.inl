@@ -19,7 +19,8 @@ double measure_peak(V (&chains)[12], double ops_per_step, Step step) {
     }
     clock_gettime(CLOCK_MONOTONIC, &end);
     for (int i = 0; i < 12; ++i) chains[i] = c[i];
-    const double seconds = static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+    const double seconds =
+        static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
     const double rate = ops_per_step * 12.0 * kInner / seconds;
     best = rate > best ? rate : best;
   }

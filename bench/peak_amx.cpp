@@ -30,7 +30,8 @@ double measure_tiles(double ops_per_tile, Step step) {
     clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int n = 0; n < kSteps; ++n) step();
     clock_gettime(CLOCK_MONOTONIC, &end);
-    const double seconds = static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+    const double seconds =
+        static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
     const double rate = ops_per_tile * 4.0 * kSteps / seconds;
     best = rate > best ? rate : best;
   }
@@ -42,15 +43,17 @@ double measure_tiles(double ops_per_tile, Step step) {
 
 double peak_bf16_amx() {
   return measure_tiles(2.0 * 16 * 16 * 32, [] {
-    asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n"
-                 "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+    asm volatile(
+        "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n tdpbf16ps %%tmm7, %%tmm4, %%tmm1\n"
+        "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
   });
 }
 
 double peak_int8_amx() {
   return measure_tiles(2.0 * 16 * 16 * 64, [] {
-    asm volatile("tdpbssd %%tmm6, %%tmm4, %%tmm0\n tdpbssd %%tmm7, %%tmm4, %%tmm1\n"
-                 "tdpbssd %%tmm6, %%tmm5, %%tmm2\n tdpbssd %%tmm7, %%tmm5, %%tmm3" ::);
+    asm volatile(
+        "tdpbssd %%tmm6, %%tmm4, %%tmm0\n tdpbssd %%tmm7, %%tmm4, %%tmm1\n"
+        "tdpbssd %%tmm6, %%tmm5, %%tmm2\n tdpbssd %%tmm7, %%tmm5, %%tmm3" ::);
   });
 }
 

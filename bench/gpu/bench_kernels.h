@@ -7,7 +7,7 @@
 
 namespace dsv4::bench {
 
-void launch_copy(void* to, const void* from, int64_t bytes, const GpuContext& context);   // bytes: multiple of 16
+void launch_copy(void* to, const void* from, int64_t bytes, const GpuContext& context);  // bytes: multiple of 16
 void launch_read(const void* from, int64_t bytes, uint32_t* sink, const GpuContext& context);
 
 }  // namespace dsv4::bench

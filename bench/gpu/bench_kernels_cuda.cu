@@ -58,24 +58,36 @@ __global__ void empty_kernel() {
 }
 
 void fill(void* to, int64_t bytes, uint32_t seed, Kind kind, cudaStream_t stream) {
-  gpu::launch(random_kernel, {.grid = 1024, .block = 256, .stream = stream}, static_cast<uint32_t*>(to), bytes / 4, seed, kind);
+  gpu::launch(random_kernel, {.grid = 1024, .block = 256, .stream = stream}, static_cast<uint32_t*>(to), bytes / 4,
+              seed, kind);
 }
 
 }  // namespace
 
 void launch_copy(void* to, const void* from, int64_t bytes, const GpuContext& context) {
   const int64_t count = bytes / 16;
-  gpu::launch(copy_kernel, {.grid = static_cast<uint32_t>((count + kThreads * kUnroll - 1) / (kThreads * kUnroll)), .block = kThreads, .stream = context.stream},
+  gpu::launch(copy_kernel,
+              {.grid = static_cast<uint32_t>((count + kThreads * kUnroll - 1) / (kThreads * kUnroll)),
+               .block = kThreads,
+               .stream = context.stream},
               static_cast<uint4*>(to), static_cast<const uint4*>(from), count);
 }
 void launch_read(const void* from, int64_t bytes, uint32_t* sink, const GpuContext& context) {
-  gpu::launch(read_kernel, {.grid = static_cast<uint32_t>(4 * context.num_sms), .block = 512, .stream = context.stream}, static_cast<const uint4*>(from),
-              bytes / 16, sink);
+  gpu::launch(read_kernel, {.grid = static_cast<uint32_t>(4 * context.num_sms), .block = 512, .stream = context.stream},
+              static_cast<const uint4*>(from), bytes / 16, sink);
 }
-void fill_random(void* device, int64_t bytes, uint32_t seed, cudaStream_t stream) { fill(device, bytes, seed, Kind::kBytes, stream); }
-void fill_random_bf16(void* device, int64_t count, uint32_t seed, cudaStream_t stream) { fill(device, 2 * count, seed, Kind::kBf16, stream); }
-void fill_random_f32(void* device, int64_t count, uint32_t seed, cudaStream_t stream) { fill(device, 4 * count, seed, Kind::kF32, stream); }
-void fill_random_sf(void* device, int64_t bytes, uint32_t seed, cudaStream_t stream) { fill(device, bytes, seed, Kind::kSf, stream); }
+void fill_random(void* device, int64_t bytes, uint32_t seed, cudaStream_t stream) {
+  fill(device, bytes, seed, Kind::kBytes, stream);
+}
+void fill_random_bf16(void* device, int64_t count, uint32_t seed, cudaStream_t stream) {
+  fill(device, 2 * count, seed, Kind::kBf16, stream);
+}
+void fill_random_f32(void* device, int64_t count, uint32_t seed, cudaStream_t stream) {
+  fill(device, 4 * count, seed, Kind::kF32, stream);
+}
+void fill_random_sf(void* device, int64_t bytes, uint32_t seed, cudaStream_t stream) {
+  fill(device, bytes, seed, Kind::kSf, stream);
+}
 
 void launch_empty(const GpuContext& context) {
   gpu::launch(empty_kernel, {.grid = 1, .block = 32, .stream = context.stream, .dependent = context.dependent});

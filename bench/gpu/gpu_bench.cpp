@@ -32,7 +32,8 @@ int rounds(double bytes) { return bytes < 256e6 ? 4 : 1; }
 std::string beside(const Result& r) {
   if (r.pdl_us <= 0) return "";
   char text[96];
-  std::snprintf(text, sizeof text, ", PDL %.2f us %.1f %%, same-size copy %.2f us", r.pdl_us, 100 * r.share * r.us / r.pdl_us, r.same_size_us);
+  std::snprintf(text, sizeof text, ", PDL %.2f us %.1f %%, same-size copy %.2f us", r.pdl_us,
+                100 * r.share * r.us / r.pdl_us, r.same_size_us);
   return text;
 }
 
@@ -79,20 +80,26 @@ void Bench::measure_ceilings() {
   gpu::DeviceBuffer from(bytes), to(bytes);
   fill_random(from.data(), bytes, 1, context_.stream);
   const double size = static_cast<double>(bytes);
-  copy_ = 2 * size / time_us(2, [&](const GpuContext& c, int) { gpu::copy_on_device(to.data(), from.data(), bytes, c.stream); }) * 1e6;
-  own_copy_ = 2 * size / time_us(2, [&](const GpuContext& c, int) { launch_copy(to.data(), from.data(), bytes, c); }) * 1e6;
+  copy_ = 2 * size /
+          time_us(2, [&](const GpuContext& c, int) { gpu::copy_on_device(to.data(), from.data(), bytes, c.stream); }) *
+          1e6;
+  own_copy_ =
+      2 * size / time_us(2, [&](const GpuContext& c, int) { launch_copy(to.data(), from.data(), bytes, c); }) * 1e6;
   copy_ = std::max(copy_, own_copy_);
-  read_ = size / time_us(2, [&](const GpuContext& c, int) { launch_read(from.data(), bytes, to.as<uint32_t>(), c); }) * 1e6;
+  read_ =
+      size / time_us(2, [&](const GpuContext& c, int) { launch_read(from.data(), bytes, to.as<uint32_t>(), c); }) * 1e6;
   launch_us_ = time_us(64, [](const GpuContext& c, int) { launch_empty(c); });
-  launch_pdl_us_ = time_us(64, [](const GpuContext& c, int) { launch_empty(c); }, true);
+  launch_pdl_us_ = time_us(
+      64, [](const GpuContext& c, int) { launch_empty(c); }, true);
 }
 
-void Bench::stream(const std::string& op, const std::string& shape, double bytes, const std::string& ceiling, int copies,
-                   const std::function<void(const GpuContext&, int)>& body) {
+void Bench::stream(const std::string& op, const std::string& shape, double bytes, const std::string& ceiling,
+                   int copies, const std::function<void(const GpuContext&, int)>& body) {
   const int launches = copies * rounds(bytes);
   const auto turn = [&](const GpuContext& c, int i) { body(c, i % copies); };
   const double us = time_us(launches, turn), pdl_us = time_us(launches, turn, true);
-  results_.push_back({op, shape, us, bytes, ceiling, bytes / us * 1e6 / (ceiling == "read" ? read_ : copy_), "", pdl_us, same_size_copy_us(bytes, copies)});
+  results_.push_back({op, shape, us, bytes, ceiling, bytes / us * 1e6 / (ceiling == "read" ? read_ : copy_), "", pdl_us,
+                      same_size_copy_us(bytes, copies)});
 }
 
 // The faster of cudaMemcpyAsync and the bench's copy kernel.
@@ -107,29 +114,39 @@ double Bench::same_size_copy_us(double bytes, int copies) {
   }
   const int launches = copies * rounds(bytes);
   const double us =
-      std::min(time_us(launches, [&](const GpuContext& c, int i) { gpu::copy_on_device(to[i % copies].data(), from[i % copies].data(), half, c.stream); }),
-               time_us(launches, [&](const GpuContext& c, int i) { launch_copy(to[i % copies].data(), from[i % copies].data(), half, c); }));
+      std::min(time_us(launches,
+                       [&](const GpuContext& c, int i) {
+                         gpu::copy_on_device(to[i % copies].data(), from[i % copies].data(), half, c.stream);
+                       }),
+               time_us(launches, [&](const GpuContext& c, int i) {
+                 launch_copy(to[i % copies].data(), from[i % copies].data(), half, c);
+               }));
   same_size_.push_back({{half, copies}, us});
   return us;
 }
 
-void Bench::latency(const std::string& op, const std::string& shape, const std::function<void(const GpuContext&, int)>& body) {
+void Bench::latency(const std::string& op, const std::string& shape,
+                    const std::function<void(const GpuContext&, int)>& body) {
   results_.push_back({op, shape, time_us(32, body), 0, "", 0, "graph, L2 hot"});
   results_.push_back({op, shape, time_us(32, body, true), 0, "", 0, "graph with PDL, L2 hot"});
 }
 
 Bench::~Bench() {
-  std::printf("%s, %d SMs: copy %.0f GB/s (own copy kernel %.0f), read %.0f GB/s; empty kernel in a graph %.2f us, with PDL %.2f us\n", device_.name.c_str(),
-              device_.num_sms, copy_ / 1e9, own_copy_ / 1e9, read_ / 1e9, launch_us_, launch_pdl_us_);
+  std::printf(
+      "%s, %d SMs: copy %.0f GB/s (own copy kernel %.0f), read %.0f GB/s; empty kernel in a graph %.2f us, with PDL "
+      "%.2f us\n",
+      device_.name.c_str(), device_.num_sms, copy_ / 1e9, own_copy_ / 1e9, read_ / 1e9, launch_us_, launch_pdl_us_);
   nlohmann::json rows = nlohmann::json::array();
   for (const Result& r : results_) {
     const double gbps = r.bytes / r.us * 1e-3;
     if (r.bytes > 0)
-      std::printf("%-28s %-44s %10.2f us %8.0f GB/s %5.1f %% of %s%s %s\n", r.op.c_str(), r.shape.c_str(), r.us, gbps, 100 * r.share, r.ceiling.c_str(), beside(r).c_str(), r.note.c_str());
+      std::printf("%-28s %-44s %10.2f us %8.0f GB/s %5.1f %% of %s%s %s\n", r.op.c_str(), r.shape.c_str(), r.us, gbps,
+                  100 * r.share, r.ceiling.c_str(), beside(r).c_str(), r.note.c_str());
     else
       std::printf("%-28s %-44s %10.2f us  %s\n", r.op.c_str(), r.shape.c_str(), r.us, r.note.c_str());
     nlohmann::json row{{"op", r.op}, {"shape", r.shape}, {"us", r.us}};
-    if (r.bytes > 0) row.update({{"bytes", r.bytes}, {"gb_per_s", gbps}, {"ceiling", r.ceiling}, {"share_of_ceiling", r.share}});
+    if (r.bytes > 0)
+      row.update({{"bytes", r.bytes}, {"gb_per_s", gbps}, {"ceiling", r.ceiling}, {"share_of_ceiling", r.share}});
     if (r.pdl_us > 0) row.update({{"us_pdl", r.pdl_us}, {"same_size_copy_us", r.same_size_us}});
     if (!r.note.empty()) row["note"] = r.note;
     rows.push_back(row);

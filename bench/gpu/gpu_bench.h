@@ -25,12 +25,13 @@ constexpr int kReplays = 25;
 struct Result {
   std::string op, shape;
   double us = 0;
-  double bytes = 0;       // moved, each input and output once; 0: latency case
-  std::string ceiling;    // "copy", "read" or ""
-  double share = 0;       // of the ceiling measured in this run
+  double bytes = 0;     // moved, each input and output once; 0: latency case
+  std::string ceiling;  // "copy", "read" or ""
+  double share = 0;     // of the ceiling measured in this run
   std::string note;
-  double pdl_us = 0;      // bandwidth cases: launched with PDL, so that each call's start hides behind its predecessor
-  double same_size_us = 0;  // bandwidth cases: a copy that moves as many bytes, rotated and launched the same way (no PDL)
+  double pdl_us = 0;  // bandwidth cases: launched with PDL, so that each call's start hides behind its predecessor
+  double same_size_us =
+      0;  // bandwidth cases: a copy that moves as many bytes, rotated and launched the same way (no PDL)
 };
 
 class Bench {
@@ -44,7 +45,8 @@ class Bench {
   void stream(const std::string& op, const std::string& shape, double bytes, const std::string& ceiling, int copies,
               const std::function<void(const GpuContext&, int)>& body);
   // Runs and records a latency case: 32 dependent calls in a graph, with and without PDL, beside the empty kernel's time.
-  void latency(const std::string& op, const std::string& shape, const std::function<void(const GpuContext&, int)>& body);
+  void latency(const std::string& op, const std::string& shape,
+               const std::function<void(const GpuContext&, int)>& body);
   void record(Result result) { results_.push_back(std::move(result)); }
 
   bool quick() const { return quick_; }

@@ -34,7 +34,8 @@ void run_case(Bench& bench, const Case& c, int64_t rows, int64_t cols) {
   const int64_t copies = rotate ? std::max<int64_t>(1, bench.options().working_set_bytes / one) : 1;
   std::vector<RandomWeight> weights;
   std::vector<Weight*> list;
-  for (int64_t i = 0; i < copies; ++i) weights.push_back(random_weight(c.format, rows, cols, static_cast<uint64_t>(i) + 1));
+  for (int64_t i = 0; i < copies; ++i)
+    weights.push_back(random_weight(c.format, rows, cols, static_cast<uint64_t>(i) + 1));
   if (c.packed && c.format == WeightFormat::kNvfp4) {
     for (RandomWeight& w : weights) list.push_back(&w.weight);
     pack_weights(list, bench.context());
@@ -44,12 +45,11 @@ void run_case(Bench& bench, const Case& c, int64_t rows, int64_t cols) {
   std::vector<float> y(static_cast<size_t>(max_rows * rows));
   for (int64_t num_tokens : bench.options().rows) {
     const double peak = (bench.ceilings().*c.peak)();
-    bench.measure("gemm", name, num_tokens, gemm_cost(weights[0].weight.view, num_tokens),
-                  peak, [&](int64_t rep) {
-                    gemm({x.data(), &weights[static_cast<size_t>(rep % copies)].weight, y.data(), num_tokens, cols, rows, true,
-                          c.x_is_bf16, c.a4},
-                         bench.context());
-                  });
+    bench.measure("gemm", name, num_tokens, gemm_cost(weights[0].weight.view, num_tokens), peak, [&](int64_t rep) {
+      gemm({x.data(), &weights[static_cast<size_t>(rep % copies)].weight, y.data(), num_tokens, cols, rows, true,
+            c.x_is_bf16, c.a4},
+           bench.context());
+    });
   }
 }
 

@@ -12,7 +12,8 @@ void bench_hyper_connection(Bench& bench) {
   constexpr int kStreams = 4, kMix = (2 + kStreams) * kStreams;
   const std::string name = fmt::format("pre + post, {} streams of {}", kStreams, hidden);
   if (!bench.wants(name)) return;
-  const auto fn = random_bf16_values(kMix * kStreams * hidden, 1), base = random_bf16_values(kMix, 2), scale = random_bf16_values(3, 3);
+  const auto fn = random_bf16_values(kMix * kStreams * hidden, 1), base = random_bf16_values(kMix, 2),
+             scale = random_bf16_values(3, 3);
   for (int64_t num_tokens : bench.options().rows) {
     auto streams = random_bf16_values(num_tokens * kStreams * hidden, 4);
     std::vector<float> y(static_cast<size_t>(num_tokens * hidden)), post(static_cast<size_t>(num_tokens * kStreams)),
@@ -38,15 +39,26 @@ void bench_compressor(Bench& bench) {
     std::vector<float> state_value(static_cast<size_t>(shape.state_elems())), state_gate(state_value.size());
     reset_compressor_state(shape, state_value.data(), state_gate.data());
     for (int64_t num_tokens : bench.options().rows) {
-      const auto value = random_bf16_values(num_tokens * shape.width(), 3), gate = random_bf16_values(num_tokens * shape.width(), 4);
+      const auto value = random_bf16_values(num_tokens * shape.width(), 3),
+                 gate = random_bf16_values(num_tokens * shape.width(), 4);
       std::vector<float> rows(static_cast<size_t>((num_tokens / shape.ratio + 1) * shape.dim));
       int64_t position = 0;  // successive calls go on, so that windows complete as often as in use
       const double tokens = static_cast<double>(num_tokens);
       const OpCost cost{8.0 * tokens * shape.width() * 2, tokens * shape.width() * 12.0};
       bench.measure("compressor", name, num_tokens, cost, bench.ceilings().f32_flops, [&](int64_t) {
-        compress({.shape = shape, .value = value.data(), .gate = gate.data(), .ape = ape.data(), .norm_weight = norm.data(),
-                  .rope = &rope, .state_value = state_value.data(), .state_gate = state_gate.data(), .rows = rows.data(),
-                  .first_position = position, .num_tokens = num_tokens, .rms_eps = 1e-6f, .round_output = true},
+        compress({.shape = shape,
+                  .value = value.data(),
+                  .gate = gate.data(),
+                  .ape = ape.data(),
+                  .norm_weight = norm.data(),
+                  .rope = &rope,
+                  .state_value = state_value.data(),
+                  .state_gate = state_gate.data(),
+                  .rows = rows.data(),
+                  .first_position = position,
+                  .num_tokens = num_tokens,
+                  .rms_eps = 1e-6f,
+                  .round_output = true},
                  bench.context());
         position += num_tokens;
       });

@@ -34,7 +34,8 @@ std::vector<int32_t> random_routing(std::mt19937& rng, int64_t num_tokens, int n
   for (int e = 0; e < num_experts; ++e) ids[static_cast<size_t>(e)] = e;
   for (int64_t t = 0; t < num_tokens; ++t) {
     for (int i = 0; i < num_topk; ++i) {
-      std::swap(ids[static_cast<size_t>(i)], ids[static_cast<size_t>(i) + rng() % static_cast<uint32_t>(num_experts - i)]);
+      std::swap(ids[static_cast<size_t>(i)],
+                ids[static_cast<size_t>(i) + rng() % static_cast<uint32_t>(num_experts - i)]);
       routing.push_back(ids[static_cast<size_t>(i)]);
     }
   }
@@ -57,14 +58,15 @@ void bench_moe(Bench& bench) {
   pack_weights(list, bench.context());
 
   for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
-    const std::string name = fmt::format("{} {}x{} experts {} top {}", act == ActFormat::kBf16 ? "a16" : "a4", shape.hidden,
-                                         shape.inter, shape.num_experts, shape.num_topk);
+    const std::string name = fmt::format("{} {}x{} experts {} top {}", act == ActFormat::kBf16 ? "a16" : "a4",
+                                         shape.hidden, shape.inter, shape.num_experts, shape.num_topk);
     if (!bench.wants(name)) continue;
     for (int64_t num_tokens : bench.options().rows) {
       std::mt19937 rng(1);
       constexpr int kRoutings = 16;
       std::vector<std::vector<int32_t>> routings;
-      for (int i = 0; i < kRoutings; ++i) routings.push_back(random_routing(rng, num_tokens, shape.num_topk, shape.num_experts));
+      for (int i = 0; i < kRoutings; ++i)
+        routings.push_back(random_routing(rng, num_tokens, shape.num_topk, shape.num_experts));
       const std::vector<float> weights(static_cast<size_t>(num_tokens * shape.num_topk), 0.25f);
       const std::vector<float> x = random_bf16_values(num_tokens * shape.hidden, 5);
       std::vector<float> y(x.size());

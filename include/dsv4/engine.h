@@ -35,9 +35,9 @@ struct ModelSettings {
 
 struct TextSettings {
   int64_t max_tokens = 128;
-  float temperature = 0;       // 0: greedy
+  float temperature = 0;  // 0: greedy
   float top_p = 1;
-  int top_k = 0;               // 0: all
+  int top_k = 0;  // 0: all
   float min_p = 0;
   uint64_t seed = 0;
   std::vector<std::string> stop;
@@ -45,9 +45,9 @@ struct TextSettings {
 };
 
 struct Completion {
-  std::vector<int32_t> ids;    // an end token included
+  std::vector<int32_t> ids;  // an end token included
   std::string text;
-  std::string finish_reason;   // "stop", "length", "interrupted"
+  std::string finish_reason;  // "stop", "length", "interrupted"
 };
 
 class DSV4_API LanguageModel {

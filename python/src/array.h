@@ -50,9 +50,9 @@ class Array {
   const Array& shaped(const std::vector<int64_t>& shape) const;
   const Array& shaped_or_flat(const std::vector<int64_t>& shape) const;  // or 1-D with as many elements
   const Array& contiguous() const;
-  const Array& with_dense_rows() const;                                  // 2-D, elements of a row adjacent, rows not overlapping
-  const Array& on(const Array& other) const;                             // same device
-  const Array& aligned() const;                                          // to 16 bytes, on a CUDA device
+  const Array& with_dense_rows() const;       // 2-D, elements of a row adjacent, rows not overlapping
+  const Array& on(const Array& other) const;  // same device
+  const Array& aligned() const;               // to 16 bytes, on a CUDA device
 
   template <class T>
   T* data() const {

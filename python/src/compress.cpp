@@ -27,8 +27,9 @@ struct CommonArrays {
   CompressorTraits traits;
   Array value, gate, ape, norm_weight, cos_sin, state_value, state_gate, pages;
 
-  CommonArrays(const std::string& kind_name, nb::handle value_object, nb::handle gate_object, nb::handle ape_object, nb::handle norm_object,
-               nb::handle cos_sin_object, nb::handle state_value_object, nb::handle state_gate_object, nb::handle pages_object)
+  CommonArrays(const std::string& kind_name, nb::handle value_object, nb::handle gate_object, nb::handle ape_object,
+               nb::handle norm_object, nb::handle cos_sin_object, nb::handle state_value_object,
+               nb::handle state_gate_object, nb::handle pages_object)
       : kind(parse_kind(kind_name)),
         traits(compressor_traits(kind)),
         value("value", value_object, Access::kRead),
@@ -44,7 +45,9 @@ struct CommonArrays {
 
   CompressCommon checked(bool one_sequence, const std::string& row_format, int64_t rows_per_page, float rms_eps) const {
     check_device(value);
-    const auto dense = [&](const Array& array) -> const Array& { return array.of(Type::kFloat32).contiguous().on(value).aligned(); };
+    const auto dense = [&](const Array& array) -> const Array& {
+      return array.of(Type::kFloat32).contiguous().on(value).aligned();
+    };
     dense(value.with_ndim(2)).shaped({num_tokens(), traits.width});
     dense(gate).shaped({num_tokens(), traits.width});
     dense(ape).shaped({traits.ratio, traits.width});
@@ -75,11 +78,15 @@ struct CommonArrays {
  private:
   PageLayout parse_format(const std::string& format, CompressCommon& common) const {
     if (kind == CompressorKind::kIndexer) {
-      if (format != "bf16" && format != "fp8" && format != "fp4") throw_value_error("row_format", "'bf16', 'fp8' or 'fp4' for kind 'indexer'", "'" + format + "'");
-      common.index_format = format == "bf16" ? IndexFormat::kBf16 : format == "fp8" ? IndexFormat::kFp8 : IndexFormat::kFp4;
+      if (format != "bf16" && format != "fp8" && format != "fp4")
+        throw_value_error("row_format", "'bf16', 'fp8' or 'fp4' for kind 'indexer'", "'" + format + "'");
+      common.index_format = format == "bf16"  ? IndexFormat::kBf16
+                            : format == "fp8" ? IndexFormat::kFp8
+                                              : IndexFormat::kFp4;
       return index_page_layout(common.index_format);
     }
-    if (format != "bf16" && format != "fp8" && format != "nvfp4") throw_value_error("row_format", "'bf16', 'fp8' or 'nvfp4' for kinds 'csa' and 'hca'", "'" + format + "'");
+    if (format != "bf16" && format != "fp8" && format != "nvfp4")
+      throw_value_error("row_format", "'bf16', 'fp8' or 'nvfp4' for kinds 'csa' and 'hca'", "'" + format + "'");
     common.kv_format = format == "bf16" ? KvFormat::kBf16 : format == "fp8" ? KvFormat::kFp8 : KvFormat::kNvfp4;
     return kv_page_layout(common.kv_format);
   }
@@ -88,60 +95,80 @@ struct CommonArrays {
     pages.of(Type::kByte).with_dense_rows().on(value).aligned();
     if (rows_per_page <= 0) throw_value_error("rows_per_page", "a positive number", std::to_string(rows_per_page));
     const int64_t needed = rows_per_page * (layout.data_bytes + layout.scale_bytes);
-    if (pages.size(1) < needed) throw_value_error("pages", fmt::format("at least {} bytes a page", needed), std::to_string(pages.size(1)));
-    if (pages.row_stride() % 16 != 0) throw_value_error("pages", "a page stride that is a multiple of 16 bytes", std::to_string(pages.row_stride()));
+    if (pages.size(1) < needed)
+      throw_value_error("pages", fmt::format("at least {} bytes a page", needed), std::to_string(pages.size(1)));
+    if (pages.row_stride() % 16 != 0)
+      throw_value_error("pages", "a page stride that is a multiple of 16 bytes", std::to_string(pages.row_stride()));
     const int64_t num_rows = pages.size(0) * rows_per_page;
     if (num_rows > INT32_MAX) throw_value_error("pages", "fewer than 2^31 rows", std::to_string(num_rows));
-    return {pages.data<uint8_t>(), pages.row_stride(), static_cast<int32_t>(rows_per_page), static_cast<int32_t>(num_rows)};
+    return {pages.data<uint8_t>(), pages.row_stride(), static_cast<int32_t>(rows_per_page),
+            static_cast<int32_t>(num_rows)};
   }
 };
 
-void check_decode_indices(const CommonArrays& arrays, const Array& positions, const Array& states, const Array& rope_rows,
-                          const Array& slots, int32_t num_rows, uint64_t stream) {
+void check_decode_indices(const CommonArrays& arrays, const Array& positions, const Array& states,
+                          const Array& rope_rows, const Array& slots, int32_t num_rows, uint64_t stream) {
   const std::vector<int32_t> position = host_copy(positions, stream), state = host_copy(states, stream);
   std::vector<int32_t> rope_row = host_copy(rope_rows, stream);
   check_bounds("positions", position, 0, INT32_MAX, "positions");
   check_bounds("states", state, 0, arrays.state_value.size(0), "states");
   std::unordered_set<int32_t> seen;
   for (size_t token = 0; token < state.size(); ++token)
-    if (!seen.insert(state[token]).second) throw_value_error("states", "a state of its own for each token", fmt::format("{} again at [{}]", state[token], token));
+    if (!seen.insert(state[token]).second)
+      throw_value_error("states", "a state of its own for each token",
+                        fmt::format("{} again at [{}]", state[token], token));
   const std::vector<int32_t> slot = host_copy(slots, stream);
   std::unordered_set<int32_t> stored;
   for (size_t token = 0; token < rope_row.size(); ++token) {
     const bool completes = (static_cast<int64_t>(position[token]) + 1) % arrays.traits.ratio == 0;
     if (!completes) rope_row[token] = 0;  // not read
     if (completes && slot[token] >= 0 && slot[token] < num_rows && !stored.insert(slot[token]).second)
-      throw_value_error("slots", "a row of its own for each completed window", fmt::format("{} again at [{}]", slot[token], token));
+      throw_value_error("slots", "a row of its own for each completed window",
+                        fmt::format("{} again at [{}]", slot[token], token));
   }
   check_bounds("rope_rows", rope_row, 0, arrays.cos_sin.size(0), "rows of cos_sin");
 }
 
-void compress_decode(std::string kind, nb::object value, nb::object gate, nb::object ape, nb::object norm_weight, nb::object cos_sin, nb::object state_value,
-                     nb::object state_gate, nb::object pages, nb::object slots_object, nb::object rope_rows_object, std::string row_format,
-                     int64_t rows_per_page, nb::object positions_object, nb::object states_object, float rms_eps, bool check_indices, uint64_t stream) {
+void compress_decode(std::string kind, nb::object value, nb::object gate, nb::object ape, nb::object norm_weight,
+                     nb::object cos_sin, nb::object state_value, nb::object state_gate, nb::object pages,
+                     nb::object slots_object, nb::object rope_rows_object, std::string row_format,
+                     int64_t rows_per_page, nb::object positions_object, nb::object states_object, float rms_eps,
+                     bool check_indices, uint64_t stream) {
   const CommonArrays arrays(kind, value, gate, ape, norm_weight, cos_sin, state_value, state_gate, pages);
   const Array positions("positions", positions_object, Access::kRead), states("states", states_object, Access::kRead);
   const Array rope_rows("rope_rows", rope_rows_object, Access::kRead), slots("slots", slots_object, Access::kRead);
   const CompressCommon common = arrays.checked(false, row_format, rows_per_page, rms_eps);
-  for (const Array* array : {&positions, &states, &rope_rows, &slots}) array->of(Type::kInt32).shaped({arrays.num_tokens()}).contiguous().on(arrays.value);
-  if (check_indices || !arrays.value.device().cuda) check_decode_indices(arrays, positions, states, rope_rows, slots, common.pages.num_rows, stream);
-  const CompressDecodeArgs args{common, positions.data<const int32_t>(), states.data<const int32_t>(), rope_rows.data<const int32_t>(),
-                                slots.data<const int32_t>(), arrays.num_tokens()};
+  for (const Array* array : {&positions, &states, &rope_rows, &slots})
+    array->of(Type::kInt32).shaped({arrays.num_tokens()}).contiguous().on(arrays.value);
+  if (check_indices || !arrays.value.device().cuda)
+    check_decode_indices(arrays, positions, states, rope_rows, slots, common.pages.num_rows, stream);
+  const CompressDecodeArgs args{common,
+                                positions.data<const int32_t>(),
+                                states.data<const int32_t>(),
+                                rope_rows.data<const int32_t>(),
+                                slots.data<const int32_t>(),
+                                arrays.num_tokens()};
   run_where(arrays.value, stream, [&](const auto& context) { compress_quantize(args, context); });
 }
 
-void compress_prefill(std::string kind, nb::object value, nb::object gate, nb::object ape, nb::object norm_weight, nb::object cos_sin, nb::object state_value,
-                      nb::object state_gate, nb::object pages, nb::object slots_object, nb::object rope_rows_object, std::string row_format,
-                      int64_t rows_per_page, int64_t first_position, float rms_eps, bool check_indices, uint64_t stream) {
+void compress_prefill(std::string kind, nb::object value, nb::object gate, nb::object ape, nb::object norm_weight,
+                      nb::object cos_sin, nb::object state_value, nb::object state_gate, nb::object pages,
+                      nb::object slots_object, nb::object rope_rows_object, std::string row_format,
+                      int64_t rows_per_page, int64_t first_position, float rms_eps, bool check_indices,
+                      uint64_t stream) {
   const CommonArrays arrays(kind, value, gate, ape, norm_weight, cos_sin, state_value, state_gate, pages);
   const Array rope_rows("rope_rows", rope_rows_object, Access::kRead), slots("slots", slots_object, Access::kRead);
   const CompressCommon common = arrays.checked(true, row_format, rows_per_page, rms_eps);
   if (first_position < 0 || first_position > INT32_MAX - arrays.num_tokens())
     throw_value_error("first_position", "a position whose chunk ends below 2^31", std::to_string(first_position));
-  const int64_t windows = (first_position + arrays.num_tokens()) / arrays.traits.ratio - first_position / arrays.traits.ratio;
-  for (const Array* array : {&rope_rows, &slots}) array->of(Type::kInt32).shaped({windows}).contiguous().on(arrays.value);
-  if (check_indices || !arrays.value.device().cuda) check_bounds("rope_rows", host_copy(rope_rows, stream), 0, arrays.cos_sin.size(0), "rows of cos_sin");
-  const CompressPrefillArgs args{common, first_position, arrays.num_tokens(), rope_rows.data<const int32_t>(), slots.data<const int32_t>()};
+  const int64_t windows =
+      (first_position + arrays.num_tokens()) / arrays.traits.ratio - first_position / arrays.traits.ratio;
+  for (const Array* array : {&rope_rows, &slots})
+    array->of(Type::kInt32).shaped({windows}).contiguous().on(arrays.value);
+  if (check_indices || !arrays.value.device().cuda)
+    check_bounds("rope_rows", host_copy(rope_rows, stream), 0, arrays.cos_sin.size(0), "rows of cos_sin");
+  const CompressPrefillArgs args{common, first_position, arrays.num_tokens(), rope_rows.data<const int32_t>(),
+                                 slots.data<const int32_t>()};
   run_where(arrays.value, stream, [&](const auto& context) { compress_quantize(args, context); });
 }
 
@@ -149,10 +176,12 @@ void compress_prefill(std::string kind, nb::object value, nb::object gate, nb::o
 
 void bind_compress(nb::module_& module) {
   using namespace nb::literals;
-  module.def("compress_decode", compress_decode, "kind"_a, "value"_a, "gate"_a, "ape"_a, "norm_weight"_a, "cos_sin"_a, "state_value"_a, "state_gate"_a,
-             "pages"_a, "slots"_a, "rope_rows"_a, "row_format"_a, "rows_per_page"_a, "positions"_a, "states"_a, "rms_eps"_a, "check_indices"_a, "stream"_a);
-  module.def("compress_prefill", compress_prefill, "kind"_a, "value"_a, "gate"_a, "ape"_a, "norm_weight"_a, "cos_sin"_a, "state_value"_a, "state_gate"_a,
-             "pages"_a, "slots"_a, "rope_rows"_a, "row_format"_a, "rows_per_page"_a, "first_position"_a, "rms_eps"_a, "check_indices"_a, "stream"_a);
+  module.def("compress_decode", compress_decode, "kind"_a, "value"_a, "gate"_a, "ape"_a, "norm_weight"_a, "cos_sin"_a,
+             "state_value"_a, "state_gate"_a, "pages"_a, "slots"_a, "rope_rows"_a, "row_format"_a, "rows_per_page"_a,
+             "positions"_a, "states"_a, "rms_eps"_a, "check_indices"_a, "stream"_a);
+  module.def("compress_prefill", compress_prefill, "kind"_a, "value"_a, "gate"_a, "ape"_a, "norm_weight"_a, "cos_sin"_a,
+             "state_value"_a, "state_gate"_a, "pages"_a, "slots"_a, "rope_rows"_a, "row_format"_a, "rows_per_page"_a,
+             "first_position"_a, "rms_eps"_a, "check_indices"_a, "stream"_a);
 }
 
 }  // namespace dsv4::py

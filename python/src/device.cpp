@@ -59,17 +59,21 @@ std::vector<int32_t> host_copy(const Array& array, [[maybe_unused]] uint64_t str
   return values;
 }
 
-void check_bounds(const std::string& name, const std::vector<int32_t>& values, int64_t lowest, int64_t limit, std::string_view limit_name) {
+void check_bounds(const std::string& name, const std::vector<int32_t>& values, int64_t lowest, int64_t limit,
+                  std::string_view limit_name) {
   for (size_t i = 0; i < values.size(); ++i)
     if (values[i] < lowest || values[i] >= limit)
-      throw_value_error(name, fmt::format("{} <= index < {} ({})", lowest, limit, limit_name), fmt::format("{} at [{}]", values[i], i));
+      throw_value_error(name, fmt::format("{} <= index < {} ({})", lowest, limit, limit_name),
+                        fmt::format("{} at [{}]", values[i], i));
 }
 
 void check_device([[maybe_unused]] const Array& first) {
 #ifndef DSV4_PYTHON_CUDA
   if (first.device().cuda)
-    throw_value_error(first.name(), "a CPU array (this build of dsv4 has no CUDA; pip install . -C cmake.define.DSV4_CUDA=ON builds one that has)",
-                      fmt::format("cuda:{}", first.device().ordinal));
+    throw_value_error(
+        first.name(),
+        "a CPU array (this build of dsv4 has no CUDA; pip install . -C cmake.define.DSV4_CUDA=ON builds one that has)",
+        fmt::format("cuda:{}", first.device().ordinal));
 #endif
 }
 

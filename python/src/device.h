@@ -38,7 +38,8 @@ GpuContext gpu_context(int ordinal, uint64_t stream);
 std::vector<int32_t> host_copy(const Array& array, uint64_t stream);
 
 // Throws ValueError naming the first element outside [lowest, limit).
-void check_bounds(const std::string& name, const std::vector<int32_t>& values, int64_t lowest, int64_t limit, std::string_view limit_name);
+void check_bounds(const std::string& name, const std::vector<int32_t>& values, int64_t lowest, int64_t limit,
+                  std::string_view limit_name);
 
 // Refuses CUDA arrays in a build without CUDA.
 void check_device(const Array& first);

@@ -54,8 +54,8 @@ struct OutputArrays {
   SfLayout layout;
   std::optional<Array> global_scale, codes, sf, y, row_global;
 
-  OutputArrays(const std::string& format_name, const std::string& layout_name, nb::handle global_object, nb::handle codes_object, nb::handle sf_object,
-               nb::handle y_object, nb::handle row_global_object)
+  OutputArrays(const std::string& format_name, const std::string& layout_name, nb::handle global_object,
+               nb::handle codes_object, nb::handle sf_object, nb::handle y_object, nb::handle row_global_object)
       : format(parse_format(format_name)),
         layout(parse_layout(layout_name)),
         global_scale(optional_array("global_scale", global_object, Access::kRead)),
@@ -68,9 +68,12 @@ struct OutputArrays {
   QuantizedRows checked(const Array& first, const std::vector<int64_t>& lead, int64_t rows, int64_t cols) const {
     const int64_t step = format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize;
     if (cols == 0 || cols % step != 0)
-      throw_value_error(first.name(), "a positive multiple of " + std::to_string(step) + " columns", std::to_string(cols));
-    if (format != RowFormat::kNvfp4 && (global_scale || row_global)) throw_value_error("global_scale", "None (only format 'nvfp4' has one)", "a value");
-    if (format != RowFormat::kNvfp4 && layout != SfLayout::kLinear) throw_value_error("sf_layout", "'linear' (only format 'nvfp4' has another)", "'128x4'");
+      throw_value_error(first.name(), "a positive multiple of " + std::to_string(step) + " columns",
+                        std::to_string(cols));
+    if (format != RowFormat::kNvfp4 && (global_scale || row_global))
+      throw_value_error("global_scale", "None (only format 'nvfp4' has one)", "a value");
+    if (format != RowFormat::kNvfp4 && layout != SfLayout::kLinear)
+      throw_value_error("sf_layout", "'linear' (only format 'nvfp4' has another)", "'128x4'");
     int64_t num_rows = rows;
     for (const int64_t size : lead) num_rows *= size;
     QuantizedRows out{.format = format, .sf_layout = layout, .sf_matrix_rows = lead.empty() ? 0 : rows};
@@ -82,7 +85,8 @@ struct OutputArrays {
     }
     out.codes = data_or_null<uint8_t>(codes), out.sf = data_or_null<uint8_t>(sf);
     if (row_global) {
-      if (first.device().cuda && cols > kMaxWholeRow) throw_value_error(first.name(), "at most 16384 columns with global_scale='row'", std::to_string(cols));
+      if (first.device().cuda && cols > kMaxWholeRow)
+        throw_value_error(first.name(), "at most 16384 columns with global_scale='row'", std::to_string(cols));
       row_global->of(Type::kFloat32).shaped(with_tail(lead, rows)).contiguous().on(first);
       out.row_global = row_global->data<float>();
       out.global_mode = GlobalMode::kComputeRow;
@@ -105,18 +109,24 @@ struct OutputArrays {
     if (!codes || !sf) throw_value_error(codes ? "sf" : "codes", "an array", "None");
     const bool nvfp4 = format == RowFormat::kNvfp4;
     codes->of(Type::kByte).shaped(with_tail(lead, rows, nvfp4 ? cols / 2 : cols)).contiguous().on(first).aligned();
-    sf->of(Type::kByte).shaped(sf_shape(layout, lead, rows, cols / (nvfp4 ? kNvfp4GroupSize : kFp8ActBlock))).contiguous().on(first).aligned();
+    sf->of(Type::kByte)
+        .shaped(sf_shape(layout, lead, rows, cols / (nvfp4 ? kNvfp4GroupSize : kFp8ActBlock)))
+        .contiguous()
+        .on(first)
+        .aligned();
   }
 };
 
 void check_row_stride(const Array& array) {
   array.with_dense_rows().aligned();
   if (array.device().cuda && array.row_stride() % 8 != 0)
-    throw_value_error(array.name(), "a row stride that is a multiple of 8 elements", std::to_string(array.row_stride()));
+    throw_value_error(array.name(), "a row stride that is a multiple of 8 elements",
+                      std::to_string(array.row_stride()));
 }
 
-void py_quantize(nb::object x_object, nb::object norm_object, float norm_eps, std::string format, std::string layout, nb::object global_scale,
-                 nb::object codes, nb::object sf, nb::object y, nb::object row_global, uint64_t stream) {
+void py_quantize(nb::object x_object, nb::object norm_object, float norm_eps, std::string format, std::string layout,
+                 nb::object global_scale, nb::object codes, nb::object sf, nb::object y, nb::object row_global,
+                 uint64_t stream) {
   const Array x("x", x_object, Access::kRead);
   const std::optional<Array> norm = optional_array("norm_weight", norm_object, Access::kRead);
   const OutputArrays outputs(format, layout, global_scale, codes, sf, y, row_global);
@@ -126,15 +136,18 @@ void py_quantize(nb::object x_object, nb::object norm_object, float norm_eps, st
   const int64_t num_rows = x.size(0), cols = x.size(1);
   if (norm) {
     norm->of(Type::kBf16).shaped({cols}).contiguous().on(x).aligned();
-    if (x.device().cuda && cols > kMaxWholeRow) throw_value_error("x", "at most 16384 columns with norm_weight", std::to_string(cols));
+    if (x.device().cuda && cols > kMaxWholeRow)
+      throw_value_error("x", "at most 16384 columns with norm_weight", std::to_string(cols));
   }
-  const QuantizeArgs args{x.data<void>(), x.is(Type::kFloat32), data_or_null<const bf16>(norm), norm_eps, num_rows, cols, x.row_stride(),
-                          outputs.checked(x, {}, num_rows, cols)};
+  const QuantizeArgs args{
+      x.data<void>(), x.is(Type::kFloat32), data_or_null<const bf16>(norm),        norm_eps, num_rows,
+      cols,           x.row_stride(),       outputs.checked(x, {}, num_rows, cols)};
   run_where(x, stream, [&](const auto& context) { quantize_rows(args, context); });
 }
 
-void py_swiglu_quantize(nb::object gate_object, nb::object up_object, nb::object rho_object, float limit, std::string format, std::string layout,
-                        nb::object global_scale, nb::object codes, nb::object sf, nb::object y, nb::object row_global, uint64_t stream) {
+void py_swiglu_quantize(nb::object gate_object, nb::object up_object, nb::object rho_object, float limit,
+                        std::string format, std::string layout, nb::object global_scale, nb::object codes,
+                        nb::object sf, nb::object y, nb::object row_global, uint64_t stream) {
   const Array gate("gate", gate_object, Access::kRead), up("up", up_object, Access::kRead);
   const std::optional<Array> rho = optional_array("rho", rho_object, Access::kRead);
   const OutputArrays outputs(format, layout, global_scale, codes, sf, y, row_global);
@@ -145,18 +158,27 @@ void py_swiglu_quantize(nb::object gate_object, nb::object up_object, nb::object
   up.of(Type::kBf16).shaped({num_rows, cols}).on(gate);
   check_row_stride(up);
   if (up.row_stride() != gate.row_stride())
-    throw_value_error("up", "gate's row stride of " + std::to_string(gate.row_stride()) + " elements", std::to_string(up.row_stride()));
+    throw_value_error("up", "gate's row stride of " + std::to_string(gate.row_stride()) + " elements",
+                      std::to_string(up.row_stride()));
   if (rho) rho->of(Type::kFloat32).shaped({num_rows}).contiguous().on(gate);
   if (!(limit > 0 && limit <= 80)) throw_value_error("limit", "0 < limit <= 80", std::to_string(limit));
-  const SwigluQuantizeArgs args{gate.data<const bf16>(), up.data<const bf16>(), data_or_null<const float>(rho), limit, num_rows, cols, gate.row_stride(),
+  const SwigluQuantizeArgs args{gate.data<const bf16>(),
+                                up.data<const bf16>(),
+                                data_or_null<const float>(rho),
+                                limit,
+                                num_rows,
+                                cols,
+                                gate.row_stride(),
                                 outputs.checked(gate, {}, num_rows, cols)};
   run_where(gate, stream, [&](const auto& context) { swiglu_quantize(args, context); });
 }
 
-void py_inverse_rope_quantize(nb::object x_object, nb::object cos_sin_object, nb::object positions_object, int64_t heads_per_group, bool check_positions,
-                              std::string format, std::string layout, nb::object global_scale, nb::object codes, nb::object sf, nb::object y,
+void py_inverse_rope_quantize(nb::object x_object, nb::object cos_sin_object, nb::object positions_object,
+                              int64_t heads_per_group, bool check_positions, std::string format, std::string layout,
+                              nb::object global_scale, nb::object codes, nb::object sf, nb::object y,
                               nb::object row_global, uint64_t stream) {
-  const Array x("x", x_object, Access::kRead), cos_sin("cos_sin", cos_sin_object, Access::kRead), positions("positions", positions_object, Access::kRead);
+  const Array x("x", x_object, Access::kRead), cos_sin("cos_sin", cos_sin_object, Access::kRead),
+      positions("positions", positions_object, Access::kRead);
   const OutputArrays outputs(format, layout, global_scale, codes, sf, y, row_global);
   check_device(x);
   x.with_ndim(3).of(Type::kBf16).contiguous().aligned();
@@ -164,31 +186,44 @@ void py_inverse_rope_quantize(nb::object x_object, nb::object cos_sin_object, nb
   cos_sin.of(Type::kFloat32).with_ndim(2).contiguous().on(x).aligned();
   const int64_t rope_dim = cos_sin.size(1), step = x.device().cuda ? 16 : 2;
   if (rope_dim % step != 0 || rope_dim > head_dim)
-    throw_value_error("cos_sin", "[num_positions, rope_dim] with rope_dim a multiple of " + std::to_string(step) + ", at most head_dim",
-                      "rope_dim " + std::to_string(rope_dim) + ", head_dim " + std::to_string(head_dim));
+    throw_value_error(
+        "cos_sin",
+        "[num_positions, rope_dim] with rope_dim a multiple of " + std::to_string(step) + ", at most head_dim",
+        "rope_dim " + std::to_string(rope_dim) + ", head_dim " + std::to_string(head_dim));
   if (x.device().cuda && (head_dim % 16 != 0 || (head_dim & (head_dim - 1)) != 0))
     throw_value_error("x", "head_dim a power of two, at least 16", std::to_string(head_dim));
   positions.of(Type::kInt32).shaped({tokens}).contiguous().on(x);
   if (heads_per_group <= 0 || heads % heads_per_group != 0)
-    throw_value_error("heads_per_group", "a divisor of num_heads " + std::to_string(heads), std::to_string(heads_per_group));
+    throw_value_error("heads_per_group", "a divisor of num_heads " + std::to_string(heads),
+                      std::to_string(heads_per_group));
   const QuantizedRows out = outputs.checked(x, {heads / heads_per_group}, tokens, heads_per_group * head_dim);
-  if (check_positions || !x.device().cuda) check_bounds("positions", host_copy(positions, stream), 0, cos_sin.size(0), "rows of cos_sin");
-  const InverseRopeQuantizeArgs args{x.data<const bf16>(), cos_sin.data<const float>(), positions.data<const int32_t>(), tokens, static_cast<int>(heads),
-                                     static_cast<int>(head_dim), static_cast<int>(rope_dim), static_cast<int>(heads_per_group), out};
+  if (check_positions || !x.device().cuda)
+    check_bounds("positions", host_copy(positions, stream), 0, cos_sin.size(0), "rows of cos_sin");
+  const InverseRopeQuantizeArgs args{x.data<const bf16>(),
+                                     cos_sin.data<const float>(),
+                                     positions.data<const int32_t>(),
+                                     tokens,
+                                     static_cast<int>(heads),
+                                     static_cast<int>(head_dim),
+                                     static_cast<int>(rope_dim),
+                                     static_cast<int>(heads_per_group),
+                                     out};
   run_where(x, stream, [&](const auto& context) { inverse_rope_quantize(args, context); });
 }
 
 // indices None: all rows.
-void py_dequantize(nb::object codes_object, nb::object sf_object, nb::object indices_object, nb::object global_object, std::string layout_name,
-                   bool check_indices, nb::object y_object, uint64_t stream) {
-  const Array codes("codes", codes_object, Access::kRead), sf("sf", sf_object, Access::kRead), y("out", y_object, Access::kWrite);
+void py_dequantize(nb::object codes_object, nb::object sf_object, nb::object indices_object, nb::object global_object,
+                   std::string layout_name, bool check_indices, nb::object y_object, uint64_t stream) {
+  const Array codes("codes", codes_object, Access::kRead), sf("sf", sf_object, Access::kRead),
+      y("out", y_object, Access::kWrite);
   const std::optional<Array> indices = optional_array("indices", indices_object, Access::kRead);
   const std::optional<Array> global = optional_array("global_scale", global_object, Access::kRead);
   const SfLayout layout = parse_layout(layout_name);
   check_device(codes);
   codes.of(Type::kByte).with_ndim(2).contiguous().aligned();
   const int64_t num_rows = codes.size(0), cols = codes.size(1) * 2;
-  if (cols == 0 || cols % kNvfp4GroupSize != 0) throw_value_error("codes", "a positive multiple of 8 bytes a row", std::to_string(codes.size(1)));
+  if (cols == 0 || cols % kNvfp4GroupSize != 0)
+    throw_value_error("codes", "a positive multiple of 8 bytes a row", std::to_string(codes.size(1)));
   sf.of(Type::kByte).contiguous().on(codes).aligned();
   const std::vector<int64_t> stored = sf_shape(layout, {}, num_rows, cols / kNvfp4GroupSize);
   if (layout == SfLayout::k128x4)
@@ -197,7 +232,8 @@ void py_dequantize(nb::object codes_object, nb::object sf_object, nb::object ind
     sf.shaped(stored);
   if (indices) {
     indices->of(Type::kInt32).with_ndim(1).contiguous().on(codes);
-    if (check_indices || !codes.device().cuda) check_bounds("indices", host_copy(*indices, stream), -1, num_rows, "rows of codes; -1 gives zeros");
+    if (check_indices || !codes.device().cuda)
+      check_bounds("indices", host_copy(*indices, stream), -1, num_rows, "rows of codes; -1 gives zeros");
   }
   const int64_t num_out = indices ? indices->size(0) : num_rows;
   y.of_either(Type::kFloat32, Type::kBf16).shaped({num_out, cols}).contiguous().on(codes).aligned();
@@ -230,14 +266,16 @@ NB_MODULE(_ops, module) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     }
   });
-  module.def("quantize", py_quantize, "x"_a, "norm_weight"_a.none(), "norm_eps"_a, "format"_a, "sf_layout"_a, "global_scale"_a.none(), "codes"_a.none(),
-             "sf"_a.none(), "y"_a.none(), "row_global"_a.none(), "stream"_a);
-  module.def("swiglu_quantize", py_swiglu_quantize, "gate"_a, "up"_a, "rho"_a.none(), "limit"_a, "format"_a, "sf_layout"_a, "global_scale"_a.none(),
-             "codes"_a.none(), "sf"_a.none(), "y"_a.none(), "row_global"_a.none(), "stream"_a);
-  module.def("inverse_rope_quantize", py_inverse_rope_quantize, "x"_a, "cos_sin"_a, "positions"_a, "heads_per_group"_a, "check_positions"_a, "format"_a,
-             "sf_layout"_a, "global_scale"_a.none(), "codes"_a.none(), "sf"_a.none(), "y"_a.none(), "row_global"_a.none(), "stream"_a);
-  module.def("dequantize", py_dequantize, "codes"_a, "sf"_a, "indices"_a.none(), "global_scale"_a.none(), "sf_layout"_a, "check_indices"_a, "y"_a,
-             "stream"_a);
+  module.def("quantize", py_quantize, "x"_a, "norm_weight"_a.none(), "norm_eps"_a, "format"_a, "sf_layout"_a,
+             "global_scale"_a.none(), "codes"_a.none(), "sf"_a.none(), "y"_a.none(), "row_global"_a.none(), "stream"_a);
+  module.def("swiglu_quantize", py_swiglu_quantize, "gate"_a, "up"_a, "rho"_a.none(), "limit"_a, "format"_a,
+             "sf_layout"_a, "global_scale"_a.none(), "codes"_a.none(), "sf"_a.none(), "y"_a.none(),
+             "row_global"_a.none(), "stream"_a);
+  module.def("inverse_rope_quantize", py_inverse_rope_quantize, "x"_a, "cos_sin"_a, "positions"_a, "heads_per_group"_a,
+             "check_positions"_a, "format"_a, "sf_layout"_a, "global_scale"_a.none(), "codes"_a.none(), "sf"_a.none(),
+             "y"_a.none(), "row_global"_a.none(), "stream"_a);
+  module.def("dequantize", py_dequantize, "codes"_a, "sf"_a, "indices"_a.none(), "global_scale"_a.none(), "sf_layout"_a,
+             "check_indices"_a, "y"_a, "stream"_a);
   bind_compress(module);
 #ifdef DSV4_PYTHON_CUDA
   module.attr("has_cuda") = true;

@@ -44,10 +44,10 @@ template <class... T>
 }
 
 // A broken precondition or invariant: always on, in release builds too.
-#define DSV4_CHECK(condition, ...)                                                                             \
-  do {                                                                                                         \
-    if (!(condition)) [[unlikely]]                                                                             \
-      throw ::dsv4::Error(::dsv4::ErrorKind::kInternal,                                                        \
+#define DSV4_CHECK(condition, ...)                                                                                     \
+  do {                                                                                                                 \
+    if (!(condition)) [[unlikely]]                                                                                     \
+      throw ::dsv4::Error(::dsv4::ErrorKind::kInternal,                                                                \
                           ::fmt::format("{}:{}: {}: {}", __FILE__, __LINE__, #condition, ::fmt::format(__VA_ARGS__))); \
   } while (false)
 

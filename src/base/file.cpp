@@ -47,7 +47,16 @@ uint64_t regular_file_size(int fd, const std::string& path) {
 
 ErrorKind filesystem_error_kind(const std::error_code& code) {
   switch (code.value()) {  // errno, in both categories that std::filesystem uses
-    case ENOSPC: case EDQUOT: case EFBIG: case EACCES: case EPERM: case EROFS: case ENOMEM: case EMFILE: case ENFILE: case EIO:
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+    case EACCES:
+    case EPERM:
+    case EROFS:
+    case ENOMEM:
+    case EMFILE:
+    case ENFILE:
+    case EIO:
       return ErrorKind::kResourceMissing;
     default:
       return ErrorKind::kBadInput;

@@ -17,7 +17,9 @@ void set_log_sink(LogSink sink, LogLevel threshold) {
   installed_threshold = installed_sink ? static_cast<int>(threshold) : static_cast<int>(LogLevel::kOff);
 }
 
-bool log_enabled(LogLevel level) { return static_cast<int>(level) >= installed_threshold.load(std::memory_order_relaxed); }
+bool log_enabled(LogLevel level) {
+  return static_cast<int>(level) >= installed_threshold.load(std::memory_order_relaxed);
+}
 
 void log_message(LogLevel level, std::string_view message) {
   std::lock_guard lock(sink_mutex);

@@ -138,7 +138,8 @@ struct ThreadPool::State {
       seen = value >> kEpochShift;
       if (stopping.load(std::memory_order_relaxed)) return;
       while ((value & kClosed) == 0 && value >> kEpochShift == seen) {
-        if (!gate.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        if (!gate.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+          continue;
         work(thread_idx);
         num_finished.fetch_add(1, std::memory_order_release);
         break;

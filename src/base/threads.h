@@ -27,13 +27,16 @@ class ThreadPool {
   // Non-owning reference to a callable: no allocation per loop.
   template <class Body>
   void parallel_for(int64_t count, const Body& body) {
-    run(count, [](const void* context, int64_t index, int) { (*static_cast<const Body*>(context))(index); }, &body);
+    run(
+        count, [](const void* context, int64_t index, int) { (*static_cast<const Body*>(context))(index); }, &body);
   }
   // body(index, thread_idx) with thread_idx in [0, num_threads): for per-thread scratch.
   template <class Body>
   void parallel_for_with_thread(int64_t count, const Body& body) {
-    run(count,
-        [](const void* context, int64_t index, int thread) { (*static_cast<const Body*>(context))(index, thread); }, &body);
+    run(
+        count,
+        [](const void* context, int64_t index, int thread) { (*static_cast<const Body*>(context))(index, thread); },
+        &body);
   }
 
  private:

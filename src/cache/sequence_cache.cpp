@@ -52,9 +52,10 @@ SequenceCache::SequenceCache(CacheShape shape) : shape_(std::move(shape)) {
 int64_t SequenceCache::allocated_bytes() const {
   int64_t bytes = 0;
   for (const LayerCache& layer : layers_)
-    bytes += static_cast<int64_t>(layer.window_.size()) + layer.compressed.allocated_bytes() +
-             layer.index_keys.allocated_bytes() +
-             static_cast<int64_t>(sizeof(float) * 2 * (layer.compressor.value.size() + layer.index_compressor.value.size()));
+    bytes +=
+        static_cast<int64_t>(layer.window_.size()) + layer.compressed.allocated_bytes() +
+        layer.index_keys.allocated_bytes() +
+        static_cast<int64_t>(sizeof(float) * 2 * (layer.compressor.value.size() + layer.index_compressor.value.size()));
   return bytes;
 }
 

@@ -41,15 +41,15 @@ class PagedRows {
 
 // What one layer keeps; ratio 0 has only the ring.
 struct LayerCacheShape {
-  CompressorShape compressor;   // ratio == 0: none
-  CompressorShape index;        // ratio == 0: none (only CSA layers have an indexer)
+  CompressorShape compressor;  // ratio == 0: none
+  CompressorShape index;       // ratio == 0: none (only CSA layers have an indexer)
 };
 
 struct CacheShape {
   KvRowLayout row;
   IndexKeyLayout index_key;
   int window_len = 0;
-  int64_t max_chunk = 0;        // most tokens of this sequence in one step
+  int64_t max_chunk = 0;  // most tokens of this sequence in one step
   std::vector<LayerCacheShape> layers;
 };
 
@@ -82,7 +82,7 @@ class SequenceCache {
   explicit SequenceCache(CacheShape shape);
 
   const CacheShape& shape() const { return shape_; }
-  int64_t num_tokens() const { return num_tokens_; }   // = position of the next token
+  int64_t num_tokens() const { return num_tokens_; }  // = position of the next token
   void advance(int64_t count) { num_tokens_ += count; }
   LayerCache& layer(int idx) { return layers_[static_cast<size_t>(idx)]; }
   int64_t allocated_bytes() const;

@@ -50,7 +50,8 @@ class CheckpointReader {
   CheckpointAttempt read() {
     std::error_code error;
     if (!fs::is_directory(folder_, error)) {
-      if (filesystem_error_kind(error) == ErrorKind::kResourceMissing) throw_filesystem(folder_.string(), "open", error);
+      if (filesystem_error_kind(error) == ErrorKind::kResourceMissing)
+        throw_filesystem(folder_.string(), "open", error);
       problem("{}: not a folder", folder_.string());
       return std::move(attempt_);
     }

@@ -130,8 +130,7 @@ class Inspection {
       for (const std::string& name : search.tensor_names)
         count(name, tensor.role, valid ? stored_format_name(search.matrix.format) : "not recognised");
       if (!valid) continue;
-      if (const auto problem = find_scale_problem(search.matrix))
-        report_.problems.add(*problem);
+      if (const auto problem = find_scale_problem(search.matrix)) report_.problems.add(*problem);
       if (tensor.tensor_class == TensorClass::kQuantisable)
         (tensor.role == TensorRole::kRoutedExpert ? experts : dense).insert(search.matrix.format);
     }
@@ -146,7 +145,8 @@ class Inspection {
                           (tensor->dtype == DType::kI64 || tensor->dtype == DType::kI32);
     if (!is_table) return;
     const std::string name = checkpoint().file_of(expected.name) + ": " + expected.name;
-    if (const auto problem = find_expert_table_problem(name, *tensor, report_.config.num_experts)) report_.problems.add(*problem);
+    if (const auto problem = find_expert_table_problem(name, *tensor, report_.config.num_experts))
+      report_.problems.add(*problem);
   }
 
   void measure_files() {

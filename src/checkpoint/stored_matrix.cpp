@@ -249,8 +249,8 @@ std::optional<std::string> find_scale_problem(const StoredMatrix& matrix) {
   uint32_t bits = 0;
   const int size = dtype_bytes(matrix.scale.dtype);
   for (int i = 0; i < size; ++i) bits |= std::to_integer<uint32_t>(matrix.scale.data[bad * size + i]) << (8 * i);
-  return fmt::format("{}: {}: scale at row {}, group {} is 0x{:0{}x}: NaN, infinite or negative as {}", matrix.file, matrix.name,
-                     bad / matrix.scale.shape[1], bad % matrix.scale.shape[1], bits, 2 * size,
+  return fmt::format("{}: {}: scale at row {}, group {} is 0x{:0{}x}: NaN, infinite or negative as {}", matrix.file,
+                     matrix.name, bad / matrix.scale.shape[1], bad % matrix.scale.shape[1], bits, 2 * size,
                      dtype_name(matrix.scale.dtype));
 }
 

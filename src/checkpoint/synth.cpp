@@ -169,7 +169,8 @@ std::vector<Shard> plan_shards(const std::vector<LogicalTensor>& tensors, const 
     return (part.bytes() % 4 == 0 ? 5 : 0) + size - 1;
   };
   for (Shard& shard : shards)
-    std::stable_sort(shard.begin(), shard.end(), [&](const SynthPart& a, const SynthPart& b) { return rank(a) > rank(b); });
+    std::stable_sort(shard.begin(), shard.end(),
+                     [&](const SynthPart& a, const SynthPart& b) { return rank(a) > rank(b); });
   return shards;
 }
 
@@ -354,8 +355,11 @@ std::string synth_tokenizer_json(int64_t vocab_size, int64_t bos_token_id, int64
 namespace {
 
 // Everything but the shards. Written last: without them a folder left by an interrupted run is refused.
-void write_configuration(const fs::path& folder, const Json& config_json, const ModelConfig& config, SynthVariant variant, const Json* index) {
-  const auto write = [&folder](const char* name, const Json& json) { write_file_atomically((folder / name).string(), json.dump(1) + "\n"); };
+void write_configuration(const fs::path& folder, const Json& config_json, const ModelConfig& config,
+                         SynthVariant variant, const Json* index) {
+  const auto write = [&folder](const char* name, const Json& json) {
+    write_file_atomically((folder / name).string(), json.dump(1) + "\n");
+  };
   if (index) write("model.safetensors.index.json", *index);
   if (variant == SynthVariant::kModelOpt) {
     Json quantization = config_json["quantization_config"];

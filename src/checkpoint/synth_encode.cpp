@@ -15,7 +15,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int64_t kChunkBytes = 8ll << 20;  // small enough for the heap to hand it out again without new pages
-constexpr float kCalibratedAmax = 8.0f;  // of a unit-size activation: what a calibration run would find
+constexpr float kCalibratedAmax = 8.0f;     // of a unit-size activation: what a calibration run would find
 
 // Which storage a matrix has in a variant.
 StoredFormat stored_as(const LogicalTensor& tensor, SynthVariant variant) {
@@ -26,7 +26,8 @@ StoredFormat stored_as(const LogicalTensor& tensor, SynthVariant variant) {
 }
 
 bool needs_global(SynthPartKind kind) {
-  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kGlobalScale || kind == SynthPartKind::kGlobalScaleRcp;
+  return kind == SynthPartKind::kNvfp4Codes || kind == SynthPartKind::kGlobalScale ||
+         kind == SynthPartKind::kGlobalScaleRcp;
 }
 
 float tile_amax(const std::vector<float>& values, int64_t num_rows, int64_t cols, int64_t tile) {

@@ -24,7 +24,8 @@ inline uint32_t rounded_bits(float x) {
 
 // Sum of four 16-bit uniforms less its mean: near enough to a normal, and exact.
 inline int32_t centred_sum(uint64_t bits) {
-  return static_cast<int32_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48)) - 131070;
+  return static_cast<int32_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48)) -
+         131070;
 }
 inline float normal(int32_t sum) { return static_cast<float>(sum) * (1.0f / 37837.0f); }  // 65536 / sqrt(3)
 
@@ -59,9 +60,11 @@ __attribute__((target("avx2"))) inline __m256i sum_pairs(__m256i bits) {
 }
 
 // As value_at for count elements, a multiple of 8.
-__attribute__((target("avx2"))) void normals_avx2(uint64_t start, int64_t count, float mean, float deviation, bool round, float* out) {
+__attribute__((target("avx2"))) void normals_avx2(uint64_t start, int64_t count, float mean, float deviation,
+                                                  bool round, float* out) {
   const auto golden = [](uint64_t i) { return static_cast<int64_t>(i * kSynthGolden); };
-  const __m256i steps = _mm256_setr_epi64x(golden(0), golden(1), golden(2), golden(3)), four = _mm256_set1_epi64x(golden(4));
+  const __m256i steps = _mm256_setr_epi64x(golden(0), golden(1), golden(2), golden(3)),
+                four = _mm256_set1_epi64x(golden(4));
   __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(start)), steps);
   for (int64_t i = 0; i < count; i += 8) {
     const __m256i a = sum_pairs(mix4(counter));
@@ -120,11 +123,13 @@ DSV4_CLONES void synth_nvfp4_row(const float* x, int64_t cols, GlobalScale globa
     for (int i = 0; i < kNvfp4GroupSize; ++i) {
       const uint32_t bits = detail::float_bits(w[i] / divisor);
       const float a = detail::bits_float(bits & 0x7fffffffu);
-      const uint32_t magnitude = static_cast<uint32_t>(a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+      const uint32_t magnitude = static_cast<uint32_t>(a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) +
+                                 (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
       const uint32_t sign = w[i] < 0.0f ? 8u : 0u;
       code[i] = magnitude | sign;
     }
-    for (int j = 0; j < kNvfp4GroupSize / 2; ++j) codes[g * (kNvfp4GroupSize / 2) + j] = static_cast<uint8_t>(code[2 * j] | code[2 * j + 1] << 4);
+    for (int j = 0; j < kNvfp4GroupSize / 2; ++j)
+      codes[g * (kNvfp4GroupSize / 2) + j] = static_cast<uint8_t>(code[2 * j] | code[2 * j + 1] << 4);
   }
 }
 

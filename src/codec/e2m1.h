@@ -17,7 +17,6 @@
 
 namespace dsv4 {
 
-
 DSV4_HD constexpr uint8_t encode_e2m1(float x) {
   const uint32_t u = detail::float_bits(x);
   const uint32_t magnitude = u & 0x7fffffffu;
@@ -46,7 +45,9 @@ DSV4_HD constexpr float decode_e2m1(uint8_t code) {
   return detail::bits_float(detail::float_bits(magnitude) | (static_cast<uint32_t>(code & 0x8) << 28));
 }
 
-DSV4_HD constexpr uint8_t pack_e2m1x2(uint8_t even, uint8_t odd) { return static_cast<uint8_t>((even & 0xf) | (odd << 4)); }
+DSV4_HD constexpr uint8_t pack_e2m1x2(uint8_t even, uint8_t odd) {
+  return static_cast<uint8_t>((even & 0xf) | (odd << 4));
+}
 DSV4_HD constexpr uint8_t e2m1x2_even(uint8_t byte) { return byte & 0xf; }
 DSV4_HD constexpr uint8_t e2m1x2_odd(uint8_t byte) { return byte >> 4; }
 

@@ -19,9 +19,9 @@ DSV4_HD constexpr uint8_t encode_e4m3(float x) {
   const uint32_t u = detail::float_bits(x);
   const uint32_t magnitude = u & 0x7fffffffu;
   const uint32_t sign = (u >> 24) & 0x80u;
-  if (magnitude > 0x7f800000u) return 0x7f;                                           // NaN
-  if (magnitude >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);            // >= 448
-  if (magnitude < 0x3c800000u) {                                                      // < 2^-6: subnormal, steps of 2^-9
+  if (magnitude > 0x7f800000u) return 0x7f;                                 // NaN
+  if (magnitude >= 0x43e00000u) return static_cast<uint8_t>(sign | 0x7eu);  // >= 448
+  if (magnitude < 0x3c800000u) {                                            // < 2^-6: subnormal, steps of 2^-9
     // Adding 2^14 leaves exactly the steps of 2^-9 in the mantissa (ulp of [2^14, 2^15) is 2^-9): one RNE rounding.
     const float shifted = detail::bits_float(magnitude) + 16384.0f;
     return static_cast<uint8_t>(sign | (detail::float_bits(shifted) - 0x46800000u));

@@ -32,10 +32,18 @@ DSV4_HD constexpr uint8_t fp4_block_scale(float amax) {
 }
 
 // x / s as the quantisers compute it (s a power of two: exact outside the subnormal range); encode_* saturates.
-DSV4_HD constexpr uint8_t encode_fp8_block_element(float x, uint8_t scale) { return encode_e4m3(x / decode_ue8m0(scale)); }
-DSV4_HD constexpr uint8_t encode_fp4_block_element(float x, uint8_t scale) { return encode_e2m1(x / decode_ue8m0(scale)); }
+DSV4_HD constexpr uint8_t encode_fp8_block_element(float x, uint8_t scale) {
+  return encode_e4m3(x / decode_ue8m0(scale));
+}
+DSV4_HD constexpr uint8_t encode_fp4_block_element(float x, uint8_t scale) {
+  return encode_e2m1(x / decode_ue8m0(scale));
+}
 
-DSV4_HD constexpr float decode_fp8_block_element(uint8_t code, uint8_t scale) { return decode_e4m3(code) * decode_ue8m0(scale); }
-DSV4_HD constexpr float decode_fp4_block_element(uint8_t code, uint8_t scale) { return decode_e2m1(code) * decode_ue8m0(scale); }
+DSV4_HD constexpr float decode_fp8_block_element(uint8_t code, uint8_t scale) {
+  return decode_e4m3(code) * decode_ue8m0(scale);
+}
+DSV4_HD constexpr float decode_fp4_block_element(uint8_t code, uint8_t scale) {
+  return decode_e2m1(code) * decode_ue8m0(scale);
+}
 
 }  // namespace dsv4

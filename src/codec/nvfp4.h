@@ -75,8 +75,8 @@ DSV4_HD constexpr Nvfp4Group encode_nvfp4_weight_group(const float* w, GlobalSca
   group.sf = nvfp4_weight_sf(group_amax(w, kNvfp4GroupSize), global);
   const float divisor = decode_ue4m3(group.sf) * global.value;
   for (int j = 0; j < kNvfp4GroupSize / 2; ++j)
-    group.codes[j] = pack_e2m1x2(encode_nvfp4_weight_element(w[2 * j], divisor),
-                                 encode_nvfp4_weight_element(w[2 * j + 1], divisor));
+    group.codes[j] =
+        pack_e2m1x2(encode_nvfp4_weight_element(w[2 * j], divisor), encode_nvfp4_weight_element(w[2 * j + 1], divisor));
   return group;
 }
 

@@ -13,7 +13,9 @@ namespace dsv4 {
 
 enum class SfLayout : uint8_t { kLinear, k128x4 };
 
-DSV4_HD constexpr int64_t sf_offset_linear(int64_t row, int64_t group, int64_t num_groups) { return row * num_groups + group; }
+DSV4_HD constexpr int64_t sf_offset_linear(int64_t row, int64_t group, int64_t num_groups) {
+  return row * num_groups + group;
+}
 
 DSV4_HD constexpr int64_t sf_offset_128x4(int64_t row, int64_t group, int64_t num_groups) {
   const int64_t padded_groups = (num_groups + 3) / 4 * 4;
@@ -21,7 +23,8 @@ DSV4_HD constexpr int64_t sf_offset_128x4(int64_t row, int64_t group, int64_t nu
 }
 
 DSV4_HD constexpr int64_t sf_offset(SfLayout layout, int64_t row, int64_t group, int64_t num_groups) {
-  return layout == SfLayout::kLinear ? sf_offset_linear(row, group, num_groups) : sf_offset_128x4(row, group, num_groups);
+  return layout == SfLayout::kLinear ? sf_offset_linear(row, group, num_groups)
+                                     : sf_offset_128x4(row, group, num_groups);
 }
 
 // Bytes of a whole scale tensor, padding included.

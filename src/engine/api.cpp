@@ -9,7 +9,8 @@ namespace dsv4 {
 namespace {
 
 template <class Value>
-Value choose(const std::string& name, const std::string& given, std::initializer_list<std::pair<const char*, Value>> choices) {
+Value choose(const std::string& name, const std::string& given,
+             std::initializer_list<std::pair<const char*, Value>> choices) {
   std::string known;
   for (const auto& [text, value] : choices) {
     if (given == text) return value;
@@ -21,9 +22,10 @@ Value choose(const std::string& name, const std::string& given, std::initializer
 EngineOptions to_options(const ModelSettings& settings) {
   EngineOptions options;
   options.num_threads = settings.num_threads;
-  options.precision.act = choose<ActFormat>("act", settings.act, {{"a16", ActFormat::kBf16}, {"a4", ActFormat::kNvfp4}});
-  options.precision.kv =
-      choose<KvFormat>("kv", settings.kv, {{"bf16", KvFormat::kBf16}, {"fp8", KvFormat::kFp8}, {"nvfp4", KvFormat::kNvfp4}});
+  options.precision.act =
+      choose<ActFormat>("act", settings.act, {{"a16", ActFormat::kBf16}, {"a4", ActFormat::kNvfp4}});
+  options.precision.kv = choose<KvFormat>(
+      "kv", settings.kv, {{"bf16", KvFormat::kBf16}, {"fp8", KvFormat::kFp8}, {"nvfp4", KvFormat::kNvfp4}});
   options.precision.index = choose<IndexFormat>(
       "index", settings.index, {{"bf16", IndexFormat::kBf16}, {"fp8", IndexFormat::kFp8}, {"fp4", IndexFormat::kFp4}});
   if (settings.exact) options.precision = Precision::make_exact();

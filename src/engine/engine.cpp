@@ -14,14 +14,16 @@ std::unique_ptr<Engine> Engine::open(const std::string& folder, const EngineOpti
   engine->options_ = options;
   engine->isa_ = options.isa.value_or(best_cpu_isa());
   if (engine->isa_ > best_cpu_isa())
-    throw_resource("instruction set {} asked for, this machine has {}", cpu_isa_name(engine->isa_), cpu_isa_name(best_cpu_isa()));
+    throw_resource("instruction set {} asked for, this machine has {}", cpu_isa_name(engine->isa_),
+                   cpu_isa_name(best_cpu_isa()));
   engine->pool_ = std::make_unique<ThreadPool>(options.num_threads, options.pin_threads);
   engine->checkpoint_ = std::make_shared<const Checkpoint>(open_checkpoint(folder));
   engine->tokenizer_ = std::make_unique<Tokenizer>(Tokenizer::load(folder + "/tokenizer.json"));
   if (engine->tokenizer_->vocab_size() > engine->config().vocab_size)
     throw_bad_input("{}/tokenizer.json: vocabulary of {} ids, config.json says vocab_size {}", folder,
                     engine->tokenizer_->vocab_size(), engine->config().vocab_size);
-  engine->model_ = std::make_unique<DeepseekV4>(engine->checkpoint_, options.precision, CpuContext{*engine->pool_, engine->isa_});
+  engine->model_ =
+      std::make_unique<DeepseekV4>(engine->checkpoint_, options.precision, CpuContext{*engine->pool_, engine->isa_});
   if (engine->should_repack()) engine->model_->repack(options.repack_progress);
   return engine;
 }

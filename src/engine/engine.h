@@ -27,10 +27,10 @@ enum class Repack : uint8_t { kAuto, kOn, kOff };  // auto: if the copy takes at
 
 struct EngineOptions {
   Precision precision;
-  int num_threads = 0;                  // 0: one per available CPU
-  bool pin_threads = false;             // workers keep to one CPU each (base/threads.h)
-  std::optional<CpuIsa> isa;            // forced instruction set; unset: the best of this machine
-  int64_t max_chunk = 256;              // tokens of one sequence per step
+  int num_threads = 0;        // 0: one per available CPU
+  bool pin_threads = false;   // workers keep to one CPU each (base/threads.h)
+  std::optional<CpuIsa> isa;  // forced instruction set; unset: the best of this machine
+  int64_t max_chunk = 256;    // tokens of one sequence per step
   Repack repack = Repack::kAuto;
   std::function<void(int64_t done, int64_t total)> repack_progress;
 };

@@ -28,7 +28,8 @@ PerplexityResult evaluate_perplexity(Engine& engine, std::span<const TokenId> to
   const int64_t complete = (static_cast<int64_t>(tokens.size()) - 1) / ctx;
   const int64_t num_windows = max_windows > 0 ? std::min(max_windows, complete) : complete;
   if (num_windows < 1)
-    throw_bad_input("text of {} tokens (BOS included) has no complete window of {} and its next token", tokens.size(), ctx);
+    throw_bad_input("text of {} tokens (BOS included) has no complete window of {} and its next token", tokens.size(),
+                    ctx);
   const int64_t vocab = engine.config().vocab_size, max_chunk = engine.options().max_chunk;
   const auto start = std::chrono::steady_clock::now();
   PerplexityResult result;
@@ -39,7 +40,8 @@ PerplexityResult evaluate_perplexity(Engine& engine, std::span<const TokenId> to
     for (int64_t done = 0; done < ctx; done += max_chunk) {
       if (progress && !progress(window * ctx + done, num_windows * ctx)) return result;
       const int64_t first = window * ctx + done, count = std::min(max_chunk, ctx - done);
-      const SequenceInput input{&cache, tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)), WantLogits::kAll};
+      const SequenceInput input{&cache, tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
+                                WantLogits::kAll};
       engine.model().forward({&input, 1}, logits);
       for (int64_t t = 0; t < count; ++t) {
         const TokenId target = tokens[static_cast<size_t>(first + t + 1)];
@@ -67,13 +69,14 @@ LogitsResult evaluate_logits(Engine& engine, std::span<const TokenId> tokens, bo
   observer.decision_margin = &margin;
   if (with_layers)
     observer.on_layer = [&](int layer, const float* streams, int64_t count) {
-      std::copy_n(streams, count * stream_size, result.layer_streams.data() + (layer * total + result.num_tokens) * stream_size);
+      std::copy_n(streams, count * stream_size,
+                  result.layer_streams.data() + (layer * total + result.num_tokens) * stream_size);
     };
   while (result.num_tokens < total) {
     if (progress && !progress(result.num_tokens, total)) return result;
     const int64_t count = std::min(max_chunk, total - result.num_tokens);
-    const SequenceInput input{&cache, tokens.subspan(static_cast<size_t>(result.num_tokens), static_cast<size_t>(count)),
-                              WantLogits::kAll};
+    const SequenceInput input{
+        &cache, tokens.subspan(static_cast<size_t>(result.num_tokens), static_cast<size_t>(count)), WantLogits::kAll};
     engine.model().forward({&input, 1}, logits, &observer);
     result.logits.insert(result.logits.end(), logits.begin(), logits.end());
     result.decision_margin.insert(result.decision_margin.end(), margin.begin(), margin.end());

@@ -13,9 +13,9 @@ namespace dsv4 {
 
 struct PerplexityResult {
   int64_t num_windows = 0;
-  int64_t num_scored = 0;        // tokens
-  int64_t num_bytes = 0;         // of the scored tokens' text
-  double nats = 0;               // sum of -log p
+  int64_t num_scored = 0;  // tokens
+  int64_t num_bytes = 0;   // of the scored tokens' text
+  double nats = 0;         // sum of -log p
   double seconds = 0;
 
   double perplexity() const;

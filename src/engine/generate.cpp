@@ -47,22 +47,26 @@ class TextOutput {
 std::string_view finish_reason_name(FinishReason reason) {
   switch (reason) {
     case FinishReason::kEndToken:
-    case FinishReason::kStopString: return "stop";
-    case FinishReason::kLength: return "length";
-    case FinishReason::kInterrupted: return "interrupted";
+    case FinishReason::kStopString:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kInterrupted:
+      return "interrupted";
   }
   return "";
 }
 
-GenerateResult generate(Engine& engine, Session& session, std::span<const TokenId> prompt, const GenerateOptions& options,
-                        const GenerateCallbacks& callbacks) {
+GenerateResult generate(Engine& engine, Session& session, std::span<const TokenId> prompt,
+                        const GenerateOptions& options, const GenerateCallbacks& callbacks) {
   const auto keep_going = [&] { return !callbacks.keep_going || callbacks.keep_going(); };
   GenerateResult result;
   TextOutput output(options.stop, callbacks, result.text);
   SamplingRng rng(options.seed);
   const int64_t room = engine.config().max_position - static_cast<int64_t>(prompt.size());
   if (room < 1)
-    throw_bad_input("prompt of {} tokens, the model's max_position_embeddings is {}", prompt.size(), engine.config().max_position);
+    throw_bad_input("prompt of {} tokens, the model's max_position_embeddings is {}", prompt.size(),
+                    engine.config().max_position);
 
   const Stopwatch prefill;
   const auto feed = [&](std::span<const TokenId> tokens) {

@@ -15,18 +15,18 @@ struct GenerateOptions {
   SamplingParams sampling;
   uint64_t seed = 0;
   int64_t max_tokens = 128;
-  std::vector<std::string> stop;     // text before the first of them is kept
-  bool mark_before_last = false;     // Session::mark() in front of the prompt's last token
+  std::vector<std::string> stop;  // text before the first of them is kept
+  bool mark_before_last = false;  // Session::mark() in front of the prompt's last token
 };
 
 enum class FinishReason { kEndToken, kStopString, kLength, kInterrupted };
-std::string_view finish_reason_name(FinishReason reason);   // "stop", "stop", "length", "interrupted"
+std::string_view finish_reason_name(FinishReason reason);  // "stop", "stop", "length", "interrupted"
 
 struct GenerateResult {
-  std::vector<TokenId> ids;          // generated, an end token included
-  std::string text;                  // of the ids, whole UTF-8, without end token and stop string
+  std::vector<TokenId> ids;  // generated, an end token included
+  std::string text;          // of the ids, whole UTF-8, without end token and stop string
   FinishReason finish_reason = FinishReason::kLength;
-  int64_t prefill_tokens = 0;        // that were computed; a prefix already in the session is not counted
+  int64_t prefill_tokens = 0;  // that were computed; a prefix already in the session is not counted
   double prefill_seconds = 0;
   double decode_seconds = 0;
 
@@ -48,7 +48,7 @@ struct GenerateCallbacks {
 
 // Throws bad input, as sync does, for a prompt the session cannot hold or that leaves no position to generate at.
 // Afterwards the session holds prompt + ids, except that the last id is not yet fed.
-GenerateResult generate(Engine& engine, Session& session, std::span<const TokenId> prompt, const GenerateOptions& options,
-                        const GenerateCallbacks& callbacks = {});
+GenerateResult generate(Engine& engine, Session& session, std::span<const TokenId> prompt,
+                        const GenerateOptions& options, const GenerateCallbacks& callbacks = {});
 
 }  // namespace dsv4

@@ -18,7 +18,8 @@ class BasicBuffer {
   explicit BasicBuffer(int64_t bytes) : bytes_(bytes) {
     if (bytes > 0) DSV4_CUDA(kAllocate(&data_, static_cast<size_t>(bytes)));
   }
-  BasicBuffer(BasicBuffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  BasicBuffer(BasicBuffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   BasicBuffer& operator=(BasicBuffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
@@ -42,12 +43,15 @@ class BasicBuffer {
 namespace detail {
 inline cudaError_t allocate_device(void** data, size_t bytes) { return cudaMalloc(data, bytes); }
 inline cudaError_t free_device(void* data) { return cudaFree(data); }
-inline cudaError_t allocate_pinned(void** data, size_t bytes) { return cudaHostAlloc(data, bytes, cudaHostAllocDefault); }
+inline cudaError_t allocate_pinned(void** data, size_t bytes) {
+  return cudaHostAlloc(data, bytes, cudaHostAllocDefault);
+}
 inline cudaError_t free_pinned(void* data) { return cudaFreeHost(data); }
 }  // namespace detail
 
 using DeviceBuffer = BasicBuffer<detail::allocate_device, detail::free_device>;  // uninitialised, 256-byte aligned
-using PinnedBuffer = BasicBuffer<detail::allocate_pinned, detail::free_pinned>;  // host memory the copy engines reach directly
+using PinnedBuffer =
+    BasicBuffer<detail::allocate_pinned, detail::free_pinned>;  // host memory the copy engines reach directly
 
 inline void copy_to_device(void* device, const void* host, int64_t bytes, cudaStream_t stream) {
   DSV4_CUDA(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream));

@@ -20,7 +20,8 @@ constexpr bool covers(std::string_view archs, int major, int minor) {
   return false;
 }
 static_assert(covers("90a,100a,120a", 10, 0) && covers("90a,100a,120a", 12, 0) && !covers("90a,100a,120a", 12, 1));
-static_assert(covers("90a", 9, 0) && !covers("90a", 10, 0) && covers("100f", 10, 3) && covers("90", 9, 0) && !covers("", 9, 0));
+static_assert(covers("90a", 9, 0) && !covers("90a", 10, 0) && covers("100f", 10, 3) && covers("90", 9, 0) &&
+              !covers("", 9, 0));
 
 int attribute(cudaDeviceAttr which, int ordinal) {
   int value = 0;

@@ -15,8 +15,10 @@ ErrorKind kind_of(cudaError_t code) {
     case cudaErrorNoDevice:
     case cudaErrorInsufficientDriver:
     case cudaErrorInitializationError:
-    case cudaErrorNoKernelImageForDevice: return ErrorKind::kResourceMissing;
-    default: return ErrorKind::kInternal;
+    case cudaErrorNoKernelImageForDevice:
+      return ErrorKind::kResourceMissing;
+    default:
+      return ErrorKind::kInternal;
   }
 }
 
@@ -29,7 +31,8 @@ std::string vformat(const char* format, va_list arguments) {
 }  // namespace
 
 CudaError::CudaError(cudaError_t code, const std::string& message)
-    : Error(kind_of(code), fmt::format("{}: {} ({})", message, cudaGetErrorString(code), cudaGetErrorName(code))), code_(code) {}
+    : Error(kind_of(code), fmt::format("{}: {} ({})", message, cudaGetErrorString(code), cudaGetErrorName(code))),
+      code_(code) {}
 
 void throw_cuda_error(cudaError_t code, const char* call, const char* file, int line) {
   cudaGetLastError();  // told now: the next check_launch must not tell it again, of a launch that worked

@@ -16,10 +16,10 @@ namespace dsv4::gpu {
 struct LaunchConfig {
   dim3 grid = 1;
   dim3 block = 1;
-  int smem_bytes = 0;       // dynamic
+  int smem_bytes = 0;  // dynamic
   cudaStream_t stream = nullptr;
-  int cluster = 1;          // CTAs along x; above 8 the kernel must have been given allow_large_cluster()
-  bool dependent = false;   // PDL
+  int cluster = 1;         // CTAs along x; above 8 the kernel must have been given allow_large_cluster()
+  bool dependent = false;  // PDL
 };
 
 // Opt in to more than 48 KiB of dynamic shared memory. Once per kernel and device.

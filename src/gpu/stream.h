@@ -32,7 +32,9 @@ class Owned {
 
 class Event : public Owned<cudaEvent_t, cudaEventDestroy> {
  public:
-  explicit Event(bool timing = true) { DSV4_CUDA(cudaEventCreateWithFlags(&handle_, timing ? cudaEventDefault : cudaEventDisableTiming)); }
+  explicit Event(bool timing = true) {
+    DSV4_CUDA(cudaEventCreateWithFlags(&handle_, timing ? cudaEventDefault : cudaEventDisableTiming));
+  }
   void record(cudaStream_t stream) { DSV4_CUDA(cudaEventRecord(handle_, stream)); }
   void synchronize() { DSV4_CUDA(cudaEventSynchronize(handle_)); }
 };

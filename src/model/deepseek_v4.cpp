@@ -15,17 +15,17 @@ namespace dsv4 {
 
 struct DeepseekV4::Workspace {
   LayerScratch layer;
-  std::vector<float> streams;        // [num_tokens, num_hc, hidden]
-  std::vector<float> head_streams;   // the same for tokens whose logits are wanted
-  std::vector<float> head_in;        // [wanted, hidden]
+  std::vector<float> streams;       // [num_tokens, num_hc, hidden]
+  std::vector<float> head_streams;  // the same for tokens whose logits are wanted
+  std::vector<float> head_in;       // [wanted, hidden]
 };
 
 namespace {
 
 Precision checked_precision(const Precision& precision, const ModelConfig& config) {
   if (precision.kv == KvFormat::kNvfp4 && config.nope_dim() % kNvfp4GroupSize != 0)
-    throw_bad_input("--kv nvfp4 needs head_dim - qk_rope_head_dim to be a multiple of {}, this model has {}", kNvfp4GroupSize,
-                    config.nope_dim());
+    throw_bad_input("--kv nvfp4 needs head_dim - qk_rope_head_dim to be a multiple of {}, this model has {}",
+                    kNvfp4GroupSize, config.nope_dim());
   return precision;
 }
 
@@ -37,7 +37,8 @@ RopeAngles step_angles(const RopeFreqs& freqs, const StepContext& step) {
   for (const SequenceSlice& slice : step.slices)
     for_rows(step.cpu, slice.num_tokens, 32 * num_pairs, [&](int64_t t) {
       const int64_t at = (slice.first_token + t) * num_pairs;
-      rope_angles(freqs, slice.first_position + t, &angles.cos[static_cast<size_t>(at)], &angles.sin[static_cast<size_t>(at)]);
+      rope_angles(freqs, slice.first_position + t, &angles.cos[static_cast<size_t>(at)],
+                  &angles.sin[static_cast<size_t>(at)]);
     });
   return angles;
 }
@@ -47,7 +48,8 @@ StepContext make_step(std::span<const SequenceInput> inputs, const ModelConfig& 
   StepContext step{config, weights, precision, cpu};
   for (const SequenceInput& input : inputs) {
     if (input.tokens.empty()) continue;
-    step.slices.push_back({input.cache, step.num_tokens(), static_cast<int64_t>(input.tokens.size()), input.cache->num_tokens()});
+    step.slices.push_back(
+        {input.cache, step.num_tokens(), static_cast<int64_t>(input.tokens.size()), input.cache->num_tokens()});
     step.token_ids.insert(step.token_ids.end(), input.tokens.begin(), input.tokens.end());
   }
   step.window_angles = step_angles(weights.window_rope, step);
@@ -85,7 +87,8 @@ std::vector<int64_t> wanted_tokens(std::span<const SequenceInput> inputs) {
 }
 
 CompressorShape compressor_shape(const ModelConfig& config, int layer, int dim) {
-  return {config.compress_ratios[static_cast<size_t>(layer)], config.layer_kind(layer) == LayerKind::kCsa, dim, config.rope_dim};
+  return {config.compress_ratios[static_cast<size_t>(layer)], config.layer_kind(layer) == LayerKind::kCsa, dim,
+          config.rope_dim};
 }
 
 }  // namespace
@@ -120,7 +123,8 @@ void DeepseekV4::check_tokens(std::span<const int32_t> tokens, int64_t first_pos
   if (end > config().max_position)
     throw_bad_input("sequence of {} tokens, the model's max_position_embeddings is {}", end, config().max_position);
   for (int32_t id : tokens)
-    if (id < 0 || id >= config().vocab_size) throw_bad_input("token id {}, the vocabulary has 0..{}", id, config().vocab_size - 1);
+    if (id < 0 || id >= config().vocab_size)
+      throw_bad_input("token id {}, the vocabulary has 0..{}", id, config().vocab_size - 1);
 }
 
 int64_t DeepseekV4::forward(std::span<const SequenceInput> inputs, std::vector<float>& logits, StepObserver* observer) {
@@ -151,12 +155,13 @@ int64_t DeepseekV4::forward(std::span<const SequenceInput> inputs, std::vector<f
   work.head_streams.resize(static_cast<size_t>(num_wanted * width));
   work.head_in.resize(static_cast<size_t>(num_wanted * config().hidden));
   for (int64_t i = 0; i < num_wanted; ++i)
-    std::copy_n(work.streams.data() + wanted[static_cast<size_t>(i)] * width, width, work.head_streams.data() + i * width);
-  const HcShape shape{num_wanted,       config().hidden,       config().num_hc, config().hc_sinkhorn_iters,
+    std::copy_n(work.streams.data() + wanted[static_cast<size_t>(i)] * width, width,
+                work.head_streams.data() + i * width);
+  const HcShape shape{num_wanted,      config().hidden,       config().num_hc, config().hc_sinkhorn_iters,
                       config().hc_eps, config().rms_norm_eps, step.round()};
   hc_head(shape, weights_.hc_head.params(), work.head_streams.data(), work.head_in.data(), context_);
-  rms_norm({work.head_in.data(), weights_.norm.data(), work.head_in.data(), num_wanted, config().hidden, config().hidden,
-            config().hidden, config().rms_norm_eps, step.round()},
+  rms_norm({work.head_in.data(), weights_.norm.data(), work.head_in.data(), num_wanted, config().hidden,
+            config().hidden, config().hidden, config().rms_norm_eps, step.round()},
            context_);
   logits.resize(static_cast<size_t>(num_wanted * config().vocab_size));
   gemm({work.head_in.data(), &weights_.head, logits.data(), num_wanted, config().hidden, config().vocab_size,
@@ -186,7 +191,8 @@ double DeepseekV4::bytes_per_token() const {
     add(attn.wq_a), add(attn.wq_b), add(attn.wkv), add(attn.wo_b);
     for (const Weight& group : attn.wo_a) add(group);
     if (attn.compressor) add_compressor(*attn.compressor);
-    if (attn.indexer) add(attn.indexer->wq_b), add(attn.indexer->weights_proj), add_compressor(attn.indexer->compressor);
+    if (attn.indexer)
+      add(attn.indexer->wq_b), add(attn.indexer->weights_proj), add_compressor(attn.indexer->compressor);
     add(layer.ffn.gate);
     for (int slot = 0; slot < config().num_topk; ++slot) add_expert(layer.ffn.experts[static_cast<size_t>(slot)]);
     if (layer.ffn.shared) add_expert(*layer.ffn.shared);

@@ -26,7 +26,7 @@ enum class WantLogits : uint8_t { kNone, kLast, kAll };
 // Tokens that extend one sequence. A cache appears at most once per step.
 struct SequenceInput {
   SequenceCache* cache;
-  std::span<const int32_t> tokens;   // at most cache->shape().max_chunk
+  std::span<const int32_t> tokens;  // at most cache->shape().max_chunk
   WantLogits want = WantLogits::kLast;
 };
 

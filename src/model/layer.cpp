@@ -41,15 +41,16 @@ void norm(const StepContext& step, const std::vector<float>& weight, float* x) {
 }
 
 // Rotates the last rope_dim channels of `vectors_per_token` vectors of `dim` channels per token, then rounds those channels.
-void rotate(const StepContext& step, const RopeAngles& angles, float* x, int vectors_per_token, int64_t dim, RopeDirection direction,
-            bool round_all) {
+void rotate(const StepContext& step, const RopeAngles& angles, float* x, int vectors_per_token, int64_t dim,
+            RopeDirection direction, bool round_all) {
   const VecKernels& vec = vec_kernels(step.cpu.isa);
   const int rope_dim = step.config.rope_dim, num_pairs = rope_dim / 2;
   for_rows(step.cpu, step.num_tokens() * vectors_per_token, 2 * rope_dim + (round_all ? dim : 0), [&](int64_t row) {
     const int64_t token = row / vectors_per_token;
     float* vector = x + row * dim;
     float* rotated = vector + dim - rope_dim;
-    rope_rotate(rotated, angles.cos.data() + token * num_pairs, angles.sin.data() + token * num_pairs, num_pairs, direction);
+    rope_rotate(rotated, angles.cos.data() + token * num_pairs, angles.sin.data() + token * num_pairs, num_pairs,
+                direction);
     if (!step.round()) return;
     round_all ? vec.round_bf16(vector, dim) : vec.round_bf16(rotated, rope_dim);
   });
@@ -61,7 +62,8 @@ float* project_q(const StepContext& step, const AttentionWeights& attn, const Ro
   const ModelConfig& config = step.config;
   float* q = linear(step, attn.wq_b, q_low, scratch.q, step.round());
   const int64_t num_rows = step.num_tokens() * config.num_heads;
-  rms_norm({q, nullptr, q, num_rows, config.head_dim, config.head_dim, config.head_dim, config.rms_norm_eps, false}, step.cpu);
+  rms_norm({q, nullptr, q, num_rows, config.head_dim, config.head_dim, config.head_dim, config.rms_norm_eps, false},
+           step.cpu);
   rotate(step, angles, q, config.num_heads, config.head_dim, RopeDirection::kForward, /*round_all=*/true);
   return q;
 }
@@ -77,13 +79,13 @@ float* project_kv(const StepContext& step, const AttentionWeights& attn, const R
 struct CompressorStep {
   const CompressorWeights& weights;
   CompressorShape shape;
-  const float* value;   // [num_tokens, width]
-  const float* gate;    // [num_tokens, width]
+  const float* value;  // [num_tokens, width]
+  const float* gate;   // [num_tokens, width]
 };
 
 // Runs one slice through a compressor; finished rows land in scratch.rows. Returns their number.
-int64_t compress_slice(const StepContext& step, const SequenceSlice& slice, const CompressorStep& comp, CompressorState& state,
-                       LayerScratch& scratch) {
+int64_t compress_slice(const StepContext& step, const SequenceSlice& slice, const CompressorStep& comp,
+                       CompressorState& state, LayerScratch& scratch) {
   const int64_t count = num_completed_windows(slice.first_position, slice.num_tokens, comp.shape.ratio);
   compress({.shape = comp.shape,
             .value = comp.value + slice.first_token * comp.shape.width(),
@@ -110,8 +112,8 @@ struct IndexStep {
 };
 
 // Index queries and head weights; the keys' projections.
-IndexStep project_index(const StepContext& step, const IndexerWeights& indexer, const IndexKeyLayout& layout, const float* x,
-                        const float* q_low, LayerScratch& scratch) {
+IndexStep project_index(const StepContext& step, const IndexerWeights& indexer, const IndexKeyLayout& layout,
+                        const float* x, const float* q_low, LayerScratch& scratch) {
   const ModelConfig& config = step.config;
   float* q = linear(step, indexer.wq_b, q_low, scratch.index_q, step.round());
   rotate(step, step.compress_angles, q, config.index_num_heads, config.index_head_dim, RopeDirection::kForward,
@@ -119,15 +121,16 @@ IndexStep project_index(const StepContext& step, const IndexerWeights& indexer, 
   for_rows(step.cpu, step.num_tokens() * config.index_num_heads, 16 * config.index_head_dim,
            [&](int64_t row) { index_round_trip(layout, q + row * config.index_head_dim, step.cpu.isa); });
   float* weight = linear(step, indexer.weights_proj, x, scratch.index_weight, step.round());
-  const float factor = 1.0f / std::sqrt(static_cast<float>(config.index_head_dim) * static_cast<float>(config.index_num_heads));
+  const float factor =
+      1.0f / std::sqrt(static_cast<float>(config.index_head_dim) * static_cast<float>(config.index_num_heads));
   for (int64_t i = 0; i < step.num_tokens() * config.index_num_heads; ++i) weight[i] *= factor;
   return {q, weight, linear(step, indexer.compressor.wkv, x, scratch.index_value, false),
           linear(step, indexer.compressor.wgate, x, scratch.index_gate, false)};
 }
 
 // Extends the slice's index keys, then chooses rows for each of its tokens into scratch.selected.
-void select_rows(const StepContext& step, const SequenceSlice& slice, const IndexerWeights& indexer_weights, const IndexStep& index,
-                 const CompressorShape& shape, LayerCache& cache, LayerScratch& scratch) {
+void select_rows(const StepContext& step, const SequenceSlice& slice, const IndexerWeights& indexer_weights,
+                 const IndexStep& index, const CompressorShape& shape, LayerCache& cache, LayerScratch& scratch) {
   const ModelConfig& config = step.config;
   const IndexKeyLayout& layout = slice.cache->shape().index_key;
   const CompressorStep comp{indexer_weights.compressor, shape, index.value, index.gate};
@@ -155,7 +158,8 @@ void select_rows(const StepContext& step, const SequenceSlice& slice, const Inde
 }
 
 // Inverse RoPE at the query position, grouped wo_a, wo_b.
-void project_out(const StepContext& step, const AttentionWeights& attn, const RopeAngles& angles, LayerScratch& scratch) {
+void project_out(const StepContext& step, const AttentionWeights& attn, const RopeAngles& angles,
+                 LayerScratch& scratch) {
   const ModelConfig& config = step.config;
   float* o = scratch.attn_out.data();
   const VecKernels& vec = vec_kernels(step.cpu.isa);
@@ -166,8 +170,8 @@ void project_out(const StepContext& step, const AttentionWeights& attn, const Ro
   const int64_t group_width = width / config.o_groups, low_width = config.o_groups * config.o_lora_rank;
   float* low = sized(scratch.o_low, step.num_tokens() * low_width);
   for (int group = 0; group < config.o_groups; ++group)
-    gemm({o + group * group_width, &attn.wo_a[static_cast<size_t>(group)], low + group * config.o_lora_rank, step.num_tokens(), width,
-          low_width, step.round(), /*x_is_bf16=*/step.round()},
+    gemm({o + group * group_width, &attn.wo_a[static_cast<size_t>(group)], low + group * config.o_lora_rank,
+          step.num_tokens(), width, low_width, step.round(), /*x_is_bf16=*/step.round()},
          step.cpu);
   linear(step, attn.wo_b, low, scratch.sublayer_out, step.round());
 }
@@ -187,7 +191,8 @@ void attention_block(const StepContext& step, int layer_idx, LayerScratch& scrat
   const float* value = attn.compressor ? linear(step, attn.compressor->wkv, x, scratch.comp_value, false) : nullptr;
   const float* gate = attn.compressor ? linear(step, attn.compressor->wgate, x, scratch.comp_gate, false) : nullptr;
   IndexStep index{};
-  if (attn.indexer) index = project_index(step, *attn.indexer, step.slices[0].cache->shape().index_key, x, q_low, scratch);
+  if (attn.indexer)
+    index = project_index(step, *attn.indexer, step.slices[0].cache->shape().index_key, x, q_low, scratch);
 
   float* out = sized(scratch.attn_out, step.num_tokens() * config.num_heads * config.head_dim);
   for (const SequenceSlice& slice : step.slices) {
@@ -195,13 +200,15 @@ void attention_block(const StepContext& step, int layer_idx, LayerScratch& scrat
     const LayerCacheShape& layer_shape = shape.layers[static_cast<size_t>(layer_idx)];
     LayerCache& cache = slice.cache->layer(layer_idx);
     for_rows(step.cpu, slice.num_tokens, 4 * config.head_dim, [&](int64_t t) {
-      encode_kv_row(shape.row, kv + (slice.first_token + t) * config.head_dim, cache.window_row(slice.first_position + t));
+      encode_kv_row(shape.row, kv + (slice.first_token + t) * config.head_dim,
+                    cache.window_row(slice.first_position + t));
     });
     if (attn.indexer) select_rows(step, slice, *attn.indexer, index, layer_shape.index, cache, scratch);
     if (attn.compressor) {
       const CompressorStep comp{*attn.compressor, layer_shape.compressor, value, gate};
       const int64_t num_rows = compress_slice(step, slice, comp, cache.compressor, scratch);
-      for (int64_t r = 0; r < num_rows; ++r) encode_kv_row(shape.row, scratch.rows.data() + r * config.head_dim, cache.compressed.append());
+      for (int64_t r = 0; r < num_rows; ++r)
+        encode_kv_row(shape.row, scratch.rows.data() + r * config.head_dim, cache.compressed.append());
     }
     const int64_t first_head = slice.first_token * config.num_heads;
     attention({.q = q + first_head * config.head_dim,

@@ -15,7 +15,7 @@ namespace dsv4 {
 // The tokens of one sequence inside a step.
 struct SequenceSlice {
   SequenceCache* cache;
-  int64_t first_token;     // row in the step's arrays
+  int64_t first_token;  // row in the step's arrays
   int64_t num_tokens;
   int64_t first_position;
 };
@@ -32,10 +32,10 @@ struct StepContext {
   const Precision& precision;
   const CpuContext& cpu;
   std::vector<SequenceSlice> slices;
-  std::vector<int32_t> token_ids;     // [num_tokens]
-  RopeAngles window_angles;           // theta of ratio-0 layers
-  RopeAngles compress_angles;         // theta and YaRN of layers with compression
-  float* decision_margin = nullptr;   // [num_tokens] running minimum, nullptr: not wanted
+  std::vector<int32_t> token_ids;    // [num_tokens]
+  RopeAngles window_angles;          // theta of ratio-0 layers
+  RopeAngles compress_angles;        // theta and YaRN of layers with compression
+  float* decision_margin = nullptr;  // [num_tokens] running minimum, nullptr: not wanted
 
   int64_t num_tokens() const { return static_cast<int64_t>(token_ids.size()); }
   bool round() const { return !precision.exact; }
@@ -43,12 +43,12 @@ struct StepContext {
 
 // Scratch arrays by name, sized for the largest step so far and reused by every layer.
 struct LayerScratch {
-  std::vector<float> y, sublayer_out, post, comb;                       // hyper-connections
-  std::vector<float> q_low, q, kv, attn_out, o_low;                     // attention
-  std::vector<float> comp_value, comp_gate, rows;                       // compressor
-  std::vector<float> index_q, index_weight, index_value, index_gate;    // indexer
+  std::vector<float> y, sublayer_out, post, comb;                     // hyper-connections
+  std::vector<float> q_low, q, kv, attn_out, o_low;                   // attention
+  std::vector<float> comp_value, comp_gate, rows;                     // compressor
+  std::vector<float> index_q, index_weight, index_value, index_gate;  // indexer
   std::vector<int32_t> selected;
-  std::vector<float> router_logits, topk_weights, margin;               // router
+  std::vector<float> router_logits, topk_weights, margin;  // router
   std::vector<int32_t> topk_idx;
 };
 

@@ -37,7 +37,8 @@ void set_mxfp4_as_nvfp4(const StoredMatrix& matrix, WeightArena& arena, WeightVi
   if (max_byte < 0) max_byte = min_byte = 127;  // all zero: any scale will do
   if (max_byte - min_byte > kMxfp4MaxExponentSpread)
     throw_bad_input(
-        "{}: {}: MXFP4 group exponents spread over {} binades, NVFP4 holds {} without loss: convert the checkpoint with "
+        "{}: {}: MXFP4 group exponents spread over {} binades, NVFP4 holds {} without loss: convert the checkpoint "
+        "with "
         "dsv4 quantize, which re-quantises this tensor and reports the loss",
         matrix.file, matrix.name, max_byte - min_byte, kMxfp4MaxExponentSpread);
   uint8_t* sf = arena.add(2 * num_groups).as<uint8_t>();
@@ -65,8 +66,12 @@ Weight make_weight(const StoredMatrix& matrix, WeightArena& arena) {
   view.cols = matrix.cols;
   view.data = matrix.weight.data;
   switch (matrix.format) {
-    case StoredFormat::kF32: view.format = WeightFormat::kF32; break;
-    case StoredFormat::kBf16: view.format = WeightFormat::kBf16; break;
+    case StoredFormat::kF32:
+      view.format = WeightFormat::kF32;
+      break;
+    case StoredFormat::kBf16:
+      view.format = WeightFormat::kBf16;
+      break;
     case StoredFormat::kFp8Block:
       view.format = WeightFormat::kFp8Block;
       view.block_scales = block_scales(matrix, arena);
@@ -86,15 +91,20 @@ Weight make_weight(const StoredMatrix& matrix, WeightArena& arena) {
 }
 
 Weight slice_rows(const Weight& w, int64_t begin, int64_t count, WeightArena& arena) {
-  DSV4_CHECK(begin >= 0 && count >= 0 && begin + count <= w.view.rows, "rows {}..{} of {}", begin, begin + count, w.view.rows);
+  DSV4_CHECK(begin >= 0 && count >= 0 && begin + count <= w.view.rows, "rows {}..{} of {}", begin, begin + count,
+             w.view.rows);
   Weight slice;
   WeightView& view = slice.view;
   view = w.view;
   view.rows = count;
   const auto* data = static_cast<const std::byte*>(w.view.data);
   switch (view.format) {
-    case WeightFormat::kF32: view.data = data + 4 * begin * view.cols; break;
-    case WeightFormat::kBf16: view.data = data + 2 * begin * view.cols; break;
+    case WeightFormat::kF32:
+      view.data = data + 4 * begin * view.cols;
+      break;
+    case WeightFormat::kBf16:
+      view.data = data + 2 * begin * view.cols;
+      break;
     case WeightFormat::kNvfp4:
       view.data = data + begin * view.cols / 2;
       view.sf = w.view.sf + begin * (view.cols / kNvfp4GroupSize);
@@ -107,7 +117,8 @@ Weight slice_rows(const Weight& w, int64_t begin, int64_t count, WeightArena& ar
       }
       float* decoded = arena.add(4 * count * view.cols).as<float>();
       for (int64_t row = 0; row < count; ++row)
-        for (int64_t col = 0; col < view.cols; ++col) decoded[row * view.cols + col] = decode_weight(w.view, begin + row, col);
+        for (int64_t col = 0; col < view.cols; ++col)
+          decoded[row * view.cols + col] = decode_weight(w.view, begin + row, col);
       view = {WeightFormat::kF32, count, view.cols, decoded};
       break;
   }

@@ -11,7 +11,8 @@ namespace {
 
 class Loader {
  public:
-  Loader(const Checkpoint& checkpoint, WeightArena& arena) : checkpoint_(checkpoint), config_(checkpoint.config()), arena_(arena) {}
+  Loader(const Checkpoint& checkpoint, WeightArena& arena)
+      : checkpoint_(checkpoint), config_(checkpoint.config()), arena_(arena) {}
 
   Weight matrix(const std::string& name) const { return make_weight(checkpoint_.matrix(name), arena_); }
   std::vector<float> floats(const std::string& name) const { return to_floats(checkpoint_.at(name), name); }
@@ -49,10 +50,12 @@ class Loader {
     attn.q_norm = floats(prefix + "q_norm.weight");
     attn.kv_norm = floats(prefix + "kv_norm.weight");
     attn.sink_logit = floats(prefix + "attn_sink");
-    if (kind != LayerKind::kWindow) attn.compressor = std::make_unique<CompressorWeights>(compressor(prefix + "compressor."));
+    if (kind != LayerKind::kWindow)
+      attn.compressor = std::make_unique<CompressorWeights>(compressor(prefix + "compressor."));
     if (kind == LayerKind::kCsa)
-      attn.indexer = std::make_unique<IndexerWeights>(IndexerWeights{
-          matrix(prefix + "indexer.wq_b"), matrix(prefix + "indexer.weights_proj"), compressor(prefix + "indexer.compressor.")});
+      attn.indexer = std::make_unique<IndexerWeights>(IndexerWeights{matrix(prefix + "indexer.wq_b"),
+                                                                     matrix(prefix + "indexer.weights_proj"),
+                                                                     compressor(prefix + "indexer.compressor.")});
     return attn;
   }
 
@@ -68,7 +71,8 @@ class Loader {
     } else {
       ffn.gate_bias = floats(prefix + "gate.bias");
     }
-    for (int e = 0; e < config_.num_experts; ++e) ffn.experts.push_back(expert(fmt::format("{}experts.{}.", prefix, e)));
+    for (int e = 0; e < config_.num_experts; ++e)
+      ffn.experts.push_back(expert(fmt::format("{}experts.{}.", prefix, e)));
     if (config_.num_shared_experts > 0)
       ffn.shared = std::make_unique<ExpertWeights>(expert(prefix + "shared_experts."));
     return ffn;
@@ -97,7 +101,8 @@ std::vector<Weight*> all_matrices(ModelWeights& weights) {
   for (LayerWeights& layer : weights.layers) {
     AttentionWeights& attn = layer.attn;
     add(attn.wq_a, attn.wq_b, attn.wkv);
-    if (attn.indexer) add(attn.indexer->wq_b, attn.indexer->weights_proj, attn.indexer->compressor.wkv, attn.indexer->compressor.wgate);
+    if (attn.indexer)
+      add(attn.indexer->wq_b, attn.indexer->weights_proj, attn.indexer->compressor.wkv, attn.indexer->compressor.wgate);
     if (attn.compressor) add(attn.compressor->wkv, attn.compressor->wgate);
     for (Weight& group : attn.wo_a) add(group);
     add(attn.wo_b, layer.ffn.gate);
@@ -118,9 +123,11 @@ ModelWeights load_weights(const Checkpoint& checkpoint, const CpuContext& contex
   weights.hc_head = loader.hyper_connection("hc_head");
   weights.norm = loader.floats("norm.weight");
   weights.layers.resize(static_cast<size_t>(config.num_layers));
-  context.pool.parallel_for(config.num_layers,
-                            [&](int64_t idx) { weights.layers[static_cast<size_t>(idx)] = loader.layer(static_cast<int>(idx)); });
-  const YarnParams yarn{config.rope.factor, config.rope.original_max_position, config.rope.beta_fast, config.rope.beta_slow};
+  context.pool.parallel_for(config.num_layers, [&](int64_t idx) {
+    weights.layers[static_cast<size_t>(idx)] = loader.layer(static_cast<int>(idx));
+  });
+  const YarnParams yarn{config.rope.factor, config.rope.original_max_position, config.rope.beta_fast,
+                        config.rope.beta_slow};
   weights.window_rope = make_rope_freqs(config.rope_dim, config.rope.theta, nullptr);
   weights.compress_rope = make_rope_freqs(config.rope_dim, config.rope.compress_theta, &yarn);
   weights.owned = arena.take();

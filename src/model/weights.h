@@ -23,15 +23,15 @@ struct HcWeights {
 };
 
 struct CompressorWeights {
-  Weight wkv;                // [width, hidden]
-  Weight wgate;              // [width, hidden]
-  std::vector<float> ape;    // [ratio, width]
-  std::vector<float> norm;   // [dim]
+  Weight wkv;               // [width, hidden]
+  Weight wgate;             // [width, hidden]
+  std::vector<float> ape;   // [ratio, width]
+  std::vector<float> norm;  // [dim]
 };
 
 struct IndexerWeights {
-  Weight wq_b;               // [index_num_heads * index_head_dim, q_lora_rank]
-  Weight weights_proj;       // [index_num_heads, hidden]
+  Weight wq_b;          // [index_num_heads * index_head_dim, q_lora_rank]
+  Weight weights_proj;  // [index_num_heads, hidden]
   CompressorWeights compressor;
 };
 
@@ -42,7 +42,7 @@ struct AttentionWeights {
   std::vector<Weight> wo_a;  // [o_groups] of [o_lora_rank, num_heads / o_groups * head_dim]
   Weight wo_b;               // [hidden, o_groups * o_lora_rank]
   std::vector<float> q_norm, kv_norm;
-  std::vector<float> sink_logit;               // [num_heads]
+  std::vector<float> sink_logit;                  // [num_heads]
   std::unique_ptr<CompressorWeights> compressor;  // CSA, HCA
   std::unique_ptr<IndexerWeights> indexer;        // CSA
 };
@@ -63,13 +63,13 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  Weight embed;                // [vocab, hidden] F32 or BF16
-  Weight head;                 // [vocab, hidden]
+  Weight embed;  // [vocab, hidden] F32 or BF16
+  Weight head;   // [vocab, hidden]
   HcWeights hc_head;
-  std::vector<float> norm;     // [hidden]
+  std::vector<float> norm;  // [hidden]
   std::vector<LayerWeights> layers;
-  RopeFreqs window_rope;       // ratio-0 layers
-  RopeFreqs compress_rope;     // layers with compression
+  RopeFreqs window_rope;                           // ratio-0 layers
+  RopeFreqs compress_rope;                         // layers with compression
   std::vector<std::unique_ptr<HostBuffer>> owned;  // scales that had to be converted
 };
 

@@ -10,9 +10,9 @@
 
 namespace dsv4 {
 
-enum class ActFormat : uint8_t { kBf16, kNvfp4 };             // --act a16, a4
-enum class KvFormat : uint8_t { kF32, kBf16, kFp8, kNvfp4 };  // --kv; kF32 only with --exact
-enum class IndexFormat : uint8_t { kF32, kBf16, kFp8, kFp4 }; // --index; kF32 only with --exact
+enum class ActFormat : uint8_t { kBf16, kNvfp4 };              // --act a16, a4
+enum class KvFormat : uint8_t { kF32, kBf16, kFp8, kNvfp4 };   // --kv; kF32 only with --exact
+enum class IndexFormat : uint8_t { kF32, kBf16, kFp8, kFp4 };  // --index; kF32 only with --exact
 
 struct Precision {
   bool exact = false;

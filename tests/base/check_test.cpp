@@ -33,7 +33,8 @@ TEST(Check, KindsAreTheDocumentedExitCodes) {
 TEST(Check, FailedChecksNameConditionValuesAndPlace) {
   const Error error = caught([] { DSV4_CHECK(1 + 1 == 3, "numbers {}", 5); });
   const std::string text = error.what();
-  for (const char* part : {"check_test.cpp:", "1 + 1 == 3", "numbers 5"}) EXPECT_NE(text.find(part), std::string::npos) << text;
+  for (const char* part : {"check_test.cpp:", "1 + 1 == 3", "numbers 5"})
+    EXPECT_NE(text.find(part), std::string::npos) << text;
   EXPECT_NO_THROW(DSV4_CHECK(true, "unused"));
 }
 

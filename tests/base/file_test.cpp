@@ -97,7 +97,8 @@ TEST_F(File, FailedAtomicWriteChangesNothing) {
   struct rlimit small = old;
   small.rlim_cur = 10;
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
-  expect_error(ErrorKind::kResourceMissing, "cannot write", [&] { write_file_atomically(path("a"), std::string(100, 'x')); });
+  expect_error(ErrorKind::kResourceMissing, "cannot write",
+               [&] { write_file_atomically(path("a"), std::string(100, 'x')); });
   ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &old), 0);
   EXPECT_EQ(read_text_file(path("a"), 100), "old");
   EXPECT_EQ(num_files(), 1u);
@@ -108,18 +109,22 @@ TEST_F(File, FailedAtomicWriteChangesNothing) {
 }
 
 TEST_F(File, PlainNamesHaveNoPathInThem) {
-  for (const char* name : {"a", "model-00001-of-00002.safetensors", "...", ".hidden", "a b"}) EXPECT_TRUE(is_plain_file_name(name)) << name;
-  for (const char* name : {"", ".", "..", "/", "a/b", "/etc/passwd", "../x", "a/"}) EXPECT_FALSE(is_plain_file_name(name)) << name;
+  for (const char* name : {"a", "model-00001-of-00002.safetensors", "...", ".hidden", "a b"})
+    EXPECT_TRUE(is_plain_file_name(name)) << name;
+  for (const char* name : {"", ".", "..", "/", "a/b", "/etc/passwd", "../x", "a/"})
+    EXPECT_FALSE(is_plain_file_name(name)) << name;
   EXPECT_FALSE(is_plain_file_name(std::string_view("a\0b", 3)));
 }
 
 TEST_F(File, PermissionAndSpaceAreMissingResourcesAndTheRestIsBadInput) {
-  for (const std::errc code : {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::read_only_file_system,
-                               std::errc::no_space_on_device, std::errc::io_error})
-    expect_error(ErrorKind::kResourceMissing, "a/b: cannot open: ",
-                 [&] { throw_filesystem("a/b", "open", std::make_error_code(code)); });
-  for (const std::errc code : {std::errc::no_such_file_or_directory, std::errc::not_a_directory, std::errc::too_many_symbolic_link_levels})
-    expect_error(ErrorKind::kBadInput, "a/b: cannot list: ", [&] { throw_filesystem("a/b", "list", std::make_error_code(code)); });
+  for (const std::errc code : {std::errc::permission_denied, std::errc::operation_not_permitted,
+                               std::errc::read_only_file_system, std::errc::no_space_on_device, std::errc::io_error})
+    expect_error(ErrorKind::kResourceMissing,
+                 "a/b: cannot open: ", [&] { throw_filesystem("a/b", "open", std::make_error_code(code)); });
+  for (const std::errc code :
+       {std::errc::no_such_file_or_directory, std::errc::not_a_directory, std::errc::too_many_symbolic_link_levels})
+    expect_error(ErrorKind::kBadInput,
+                 "a/b: cannot list: ", [&] { throw_filesystem("a/b", "list", std::make_error_code(code)); });
   EXPECT_EQ(filesystem_error_kind({EACCES, std::system_category()}), ErrorKind::kResourceMissing);
 }
 

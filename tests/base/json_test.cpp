@@ -53,7 +53,9 @@ TEST(Json, DuplicateKeysAreRefusedPerObject) {
 }
 
 TEST(Json, DepthIsLimitedBeforeAnythingOverflows) {
-  const auto nested = [](int depth) { return std::string(static_cast<size_t>(depth), '[') + std::string(static_cast<size_t>(depth), ']'); };
+  const auto nested = [](int depth) {
+    return std::string(static_cast<size_t>(depth), '[') + std::string(static_cast<size_t>(depth), ']');
+  };
   EXPECT_NO_THROW(parse_json(nested(64), "x"));
   expect_refused(nested(65), "nested deeper than 64");
   expect_refused(nested(100000), "nested deeper than 64");

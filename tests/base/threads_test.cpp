@@ -136,14 +136,16 @@ TEST(ThreadPool, PinnedWorkersKeepToOneCpuEachAndTheCallerIsFree) {
   std::vector<std::vector<int>> seen(kThreads);
   std::vector<std::atomic<int>> runs(kThreads);
   // Until every worker has had an iteration; each notes its own affinity.
-  for (int round = 0; round < 2000 && std::any_of(runs.begin(), runs.end(), [](const auto& r) { return r.load() == 0; }); ++round)
+  for (int round = 0;
+       round < 2000 && std::any_of(runs.begin(), runs.end(), [](const auto& r) { return r.load() == 0; }); ++round)
     pool.parallel_for_with_thread(64, [&](int64_t, int thread) {
       seen[static_cast<size_t>(thread)] = affinity_of_this_thread();
       ++runs[static_cast<size_t>(thread)];
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     });
   for (int thread = 1; thread < kThreads; ++thread)
-    EXPECT_EQ(seen[static_cast<size_t>(thread)], std::vector<int>{order[static_cast<size_t>(thread) % order.size()]}) << thread;
+    EXPECT_EQ(seen[static_cast<size_t>(thread)], std::vector<int>{order[static_cast<size_t>(thread) % order.size()]})
+        << thread;
   EXPECT_EQ(affinity_of_this_thread(), before);
 }
 

@@ -139,7 +139,8 @@ TEST(StoredMatrix, BadScaleBytesAreFoundWhereverTheyAre) {
       });
       const Checkpoint opened = open_checkpoint(checkpoint.folder().path());
       const StoredMatrix matrix = opened.matrix(c.matrix);
-      expect_bad_input({checkpoint.folder() / "model.safetensors: ", c.matrix, c.printed, fmt::format("row {}, group {}", at / shape[1], at % shape[1])},
+      expect_bad_input({checkpoint.folder() / "model.safetensors: ", c.matrix, c.printed,
+                        fmt::format("row {}, group {}", at / shape[1], at % shape[1])},
                        [&] { validate_scales(matrix); });
       checkpoint.edit([&](auto& tensors) { tensors.at(c.matrix + c.scale).bytes = before; });
     }

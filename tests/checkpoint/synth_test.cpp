@@ -165,7 +165,8 @@ TEST(Synth, TensorsStartAligned) {
         if (entry.path().extension() != ".safetensors") continue;
         const SafetensorsFile file(entry.path().string());  // its own tensors would be realigned
         for (const auto& [name, tensor] : parse_safetensors(file.mapped_bytes(), "file").tensors)
-          EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(dtype_bytes(tensor.dtype)), 0u) << entry.path() << " " << name;
+          EXPECT_EQ(reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(dtype_bytes(tensor.dtype)), 0u)
+              << entry.path() << " " << name;
       }
     }
 }
@@ -251,7 +252,8 @@ TEST(Synth, RefusesWhatItCannotWrite) {
 TEST(SynthLoops, ValuesAndCodesEqualTheirDefinitions) {
   const auto value_of = [](uint64_t counter, float mean, float deviation) {
     const uint64_t bits = synth_mix(counter);
-    const int64_t sum = static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
+    const int64_t sum =
+        static_cast<int64_t>((bits & 0xffff) + ((bits >> 16) & 0xffff) + ((bits >> 32) & 0xffff) + (bits >> 48));
     return mean + deviation * (static_cast<float>(sum - 131070) * (1.0f / 37837.0f));
   };
   for (const int64_t count : {1, 7, 8, 9, 64, 4112}) {
@@ -263,7 +265,8 @@ TEST(SynthLoops, ValuesAndCodesEqualTheirDefinitions) {
       for (int64_t i = 0; i < count; ++i) {
         const uint64_t counter = key + (12345 + static_cast<uint64_t>(i)) * kSynthGolden;
         ASSERT_EQ(exact[static_cast<size_t>(i)], value_of(counter, 1.0f, 0.0173f)) << i << " of " << count;
-        ASSERT_EQ(rounded[static_cast<size_t>(i)], round_bf16(value_of(counter, 0.0f, 0.0173f))) << i << " of " << count;
+        ASSERT_EQ(rounded[static_cast<size_t>(i)], round_bf16(value_of(counter, 0.0f, 0.0173f)))
+            << i << " of " << count;
         amax = std::max(amax, std::fabs(rounded[static_cast<size_t>(i)]));
       }
       EXPECT_EQ(synth_amax(rounded.data(), count), amax);

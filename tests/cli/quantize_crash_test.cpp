@@ -123,7 +123,8 @@ TEST_F(QuantizeCrash, KilledAtRandomItEndsInTheSameBytes) {
   const auto start = std::chrono::steady_clock::now();
   Outcome whole = run(command((folder_ / "whole").string()), log_);
   ASSERT_EQ(whole.exit_code, 0) << whole.output;
-  const auto whole_us = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+  const auto whole_us =
+      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
   const auto want = content_of(folder_ / "whole");
   ASSERT_GT(want.size(), 8u);
 
@@ -168,7 +169,8 @@ TEST_F(QuantizeCrash, AFileSizeLimitEndsWithThreeAndARerunCompletes) {
 
 // What a shell script prints in a mount namespace of its own.
 std::string in_own_mounts(const std::string& script, const std::string& log, bool& possible) {
-  std::vector<std::string> probe{"unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs none /mnt && echo works"};
+  std::vector<std::string> probe{
+      "unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs none /mnt && echo works"};
   possible = run(probe, log).output.find("works") != std::string::npos;
   if (!possible) return "";
   return run({"unshare", "--map-root-user", "--mount", "sh", "-c", script}, log).output;
@@ -181,12 +183,12 @@ TEST_F(QuantizeCrash, AFullDiskEndsWithThreeAndARerunCompletes) {
   const std::string quantize = fmt::format("{} quantize {} {}/target --shard-mb 1", binary(), source(), mount);
   // First too small from the start, then full in the middle of the run (no inodes left after some shards), then enough.
   bool possible = false;
-  const std::string output = in_own_mounts(
-      fmt::format("mount -t tmpfs -o size=2m none {0}; {1}; echo first $?;"
-                  "mount -o remount,size=64m,nr_inodes=8 {0}; {1}; echo second $?; ls {0};"
-                  "mount -o remount,nr_inodes=1000 {0}; {1}; echo third $?; ls {0}",
-                  mount, quantize),
-      log_, possible);
+  const std::string output =
+      in_own_mounts(fmt::format("mount -t tmpfs -o size=2m none {0}; {1}; echo first $?;"
+                                "mount -o remount,size=64m,nr_inodes=8 {0}; {1}; echo second $?; ls {0};"
+                                "mount -o remount,nr_inodes=1000 {0}; {1}; echo third $?; ls {0}",
+                                mount, quantize),
+                    log_, possible);
   if (!possible) GTEST_SKIP() << "cannot mount a tmpfs in a namespace of its own here";
   EXPECT_NE(output.find("are still to be written"), std::string::npos) << output;
   EXPECT_NE(output.find("first 3\n"), std::string::npos) << output;
@@ -201,9 +203,10 @@ TEST_F(QuantizeCrash, AReadOnlyTargetEndsWithThree) {
   const std::string mount = (folder_ / "disk").string();
   fs::create_directories(mount);
   bool possible = false;
-  const std::string output = in_own_mounts(
-      fmt::format("mount -t tmpfs -o ro none {0}; {1} quantize {2} {0}/target; echo code $?; ls -A {0}", mount, binary(), source()),
-      log_, possible);
+  const std::string output =
+      in_own_mounts(fmt::format("mount -t tmpfs -o ro none {0}; {1} quantize {2} {0}/target; echo code $?; ls -A {0}",
+                                mount, binary(), source()),
+                    log_, possible);
   if (!possible) GTEST_SKIP() << "cannot mount a read-only tmpfs in a namespace of its own here";
   EXPECT_NE(output.find("Read-only file system"), std::string::npos) << output;
   EXPECT_TRUE(output.ends_with("code 3\n")) << output;
@@ -214,7 +217,8 @@ TEST_F(QuantizeCrash, MemoryIsBoundedOnALargeTensor) {
   GTEST_SKIP() << "AddressSanitizer's own memory is not what is measured";
 #endif
   // attn.wq_b of [24576, 4096]: 201 MB; each of head and embedding 134 MB, copied.
-  make_source(Json::parse(R"({"num_hidden_layers": 1, "compress_ratios": [0], "n_routed_experts": 4, "num_experts_per_tok": 2,
+  make_source(
+      Json::parse(R"({"num_hidden_layers": 1, "compress_ratios": [0], "n_routed_experts": 4, "num_experts_per_tok": 2,
                               "num_hash_layers": 0, "q_lora_rank": 4096, "num_attention_heads": 48, "vocab_size": 262144})"));
   auto arguments = command(target());
   arguments[7] = "4096";

@@ -33,8 +33,8 @@ TEST(Bf16, RoundsToNearestWithTiesToEvenBesideEveryBoundary) {
     const uint32_t base = low << 16;
     const struct {
       uint32_t input, expected;
-    } cases[] = {{base, low},           {base + 1, low},        {base + 0x7fff, low},    {base + 0x8000, even},
-                 {base + 0x8001, low + 1}, {base + 0xffff, low + 1}};
+    } cases[] = {{base, low},           {base + 1, low},          {base + 0x7fff, low},
+                 {base + 0x8000, even}, {base + 0x8001, low + 1}, {base + 0xffff, low + 1}};
     for (const auto& [input, expected] : cases) {
       ASSERT_EQ(encode_bf16(std::bit_cast<float>(input)).bits, expected) << std::hex << input;
       ASSERT_EQ(encode_bf16(std::bit_cast<float>(input | 0x80000000u)).bits, expected | 0x8000u) << std::hex << input;

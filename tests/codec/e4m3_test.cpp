@@ -50,8 +50,7 @@ TEST(E4m3, SpecVectors) {
 
 TEST(Ue4m3, NeverHasASign) {
   EXPECT_EQ(encode_ue4m3(-0.0f), 0);
-  for (int code = 0; code < 0x7f; ++code)
-    EXPECT_EQ(encode_ue4m3(decode_ue4m3(static_cast<uint8_t>(code))), code);
+  for (int code = 0; code < 0x7f; ++code) EXPECT_EQ(encode_ue4m3(decode_ue4m3(static_cast<uint8_t>(code))), code);
 }
 
 }  // namespace

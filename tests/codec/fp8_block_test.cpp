@@ -14,7 +14,8 @@ static_assert(fp8_block_scale(448.0f) == 127 && fp4_block_scale(6.0f) == 127);
 static_assert(decode_ue8m0(127) == 1.0f && ceil_log2(1.5f) == 1);
 
 TEST(Ue8m0, EveryByteIsItsPowerOfTwo) {
-  for (int byte = 0; byte < 255; ++byte) EXPECT_EQ(decode_ue8m0(static_cast<uint8_t>(byte)), std::ldexp(1.0, byte - 127)) << byte;
+  for (int byte = 0; byte < 255; ++byte)
+    EXPECT_EQ(decode_ue8m0(static_cast<uint8_t>(byte)), std::ldexp(1.0, byte - 127)) << byte;
   EXPECT_TRUE(std::isnan(decode_ue8m0(255)));
 }
 

@@ -41,7 +41,8 @@ struct Reference {
 
   uint8_t nearest_e4m3(float x) const { return test::nearest_code(e4m3, x); }
   uint8_t nearest_e2m1(float x) const {
-    return static_cast<uint8_t>(test::nearest_code(e2m1, std::fabs(static_cast<double>(x))) | (std::signbit(x) ? 8 : 0));
+    return static_cast<uint8_t>(test::nearest_code(e2m1, std::fabs(static_cast<double>(x))) |
+                                (std::signbit(x) ? 8 : 0));
   }
 
   Nvfp4Group weight(const Row& w, float g) const {
@@ -239,7 +240,8 @@ TEST(Nvfp4, ProductOfCodeAndScaleIsExactInBf16) {
   for (int code = 0; code < 16; ++code)
     for (int sf = 0; sf < 0x7f; ++sf) {
       const float product = decode_nvfp4(static_cast<uint8_t>(code), static_cast<uint8_t>(sf), {1.0f});
-      const double exact = static_cast<double>(decode_e2m1(static_cast<uint8_t>(code))) * decode_ue4m3(static_cast<uint8_t>(sf));
+      const double exact =
+          static_cast<double>(decode_e2m1(static_cast<uint8_t>(code))) * decode_ue4m3(static_cast<uint8_t>(sf));
       ASSERT_EQ(product, exact);
       ASSERT_EQ(round_bf16(product), exact);
       ASSERT_LE(std::fabs(exact), 2688.0);  // fits FP16 too: at most 6 significant bits, at least 2^-10

@@ -74,10 +74,12 @@ int64_t count_mismatches(const std::vector<double>& values, uint8_t sign_bit, ui
   std::vector<Run> runs;
   const auto add = [&](uint32_t begin, uint64_t end, uint8_t code) {
     for (uint64_t at = begin; at < end; at += kBlock)
-      runs.push_back({static_cast<uint32_t>(at), static_cast<uint32_t>(std::min<uint64_t>(end, at + kBlock)), code, kInputStride});
+      runs.push_back(
+          {static_cast<uint32_t>(at), static_cast<uint32_t>(std::min<uint64_t>(end, at + kBlock)), code, kInputStride});
     if (kInputStride == 1) return;
     runs.push_back({begin, static_cast<uint32_t>(std::min<uint64_t>(end, uint64_t{begin} + kEdge)), code, 1});
-    runs.push_back({static_cast<uint32_t>(std::max<uint64_t>(begin, end < kEdge ? 0 : end - kEdge)), static_cast<uint32_t>(end), code, 1});
+    runs.push_back({static_cast<uint32_t>(std::max<uint64_t>(begin, end < kEdge ? 0 : end - kEdge)),
+                    static_cast<uint32_t>(end), code, 1});
   };
   const std::vector<uint32_t> starts = run_starts(values);
   for (size_t code = 0; code < values.size(); ++code) add(starts[code], starts[code + 1], static_cast<uint8_t>(code));

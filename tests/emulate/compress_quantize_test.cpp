@@ -50,7 +50,9 @@ struct Sequence {
 struct Formats {
   KvFormat kv = KvFormat::kBf16;
   IndexFormat index = IndexFormat::kBf16;
-  PageLayout layout(CompressorKind kind) const { return kind == CompressorKind::kIndexer ? index_page_layout(index) : kv_page_layout(kv); }
+  PageLayout layout(CompressorKind kind) const {
+    return kind == CompressorKind::kIndexer ? index_page_layout(index) : kv_page_layout(kv);
+  }
 };
 
 // What a run leaves: pages with a poisoned one behind them, and every state.
@@ -61,7 +63,8 @@ struct Memory {
   std::vector<uint8_t> image;
   std::vector<float> state_value, state_gate;
 
-  Memory(const Sequence& s, const Formats& f, int rows_per_page, int64_t num_rows, int64_t num_states) : formats(f), layout(f.layout(s.kind)) {
+  Memory(const Sequence& s, const Formats& f, int rows_per_page, int64_t num_rows, int64_t num_states)
+      : formats(f), layout(f.layout(s.kind)) {
     pages.page_stride = (rows_per_page * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16 + 16;
     pages.rows_per_page = rows_per_page;
     pages.num_rows = static_cast<int32_t>(num_rows);
@@ -72,8 +75,18 @@ struct Memory {
   }
   Memory(const Memory&) = delete;
   CompressCommon common(const Sequence& s, int64_t first_token) {
-    return {s.kind, s.value.data() + first_token * s.traits.width, s.gate.data() + first_token * s.traits.width, s.ape.data(), s.norm.data(), s.table.data(),
-            state_value.data(), state_gate.data(), kEps, pages, formats.kv, formats.index};
+    return {s.kind,
+            s.value.data() + first_token * s.traits.width,
+            s.gate.data() + first_token * s.traits.width,
+            s.ape.data(),
+            s.norm.data(),
+            s.table.data(),
+            state_value.data(),
+            state_gate.data(),
+            kEps,
+            pages,
+            formats.kv,
+            formats.index};
   }
   // Data, then scales, as the CPU keeps a row.
   std::vector<uint8_t> row(int64_t w) const {
@@ -99,7 +112,8 @@ void expect_same_bytes(const char* what, const std::vector<T>& got, const std::v
   ASSERT_EQ(got.size(), want.size()) << what;
   for (size_t i = 0; i < got.size(); ++i)
     if (std::memcmp(&got[i], &want[i], sizeof(T)) != 0) {
-      ADD_FAILURE() << what << ": first difference at " << i << " of " << got.size() << ": " << +got[i] << ", want " << +want[i];
+      ADD_FAILURE() << what << ": first difference at " << i << " of " << got.size() << ": " << +got[i] << ", want "
+                    << +want[i];
       return;
     }
 }
@@ -111,7 +125,8 @@ void expect_same_state(const Memory& got, const Memory& want) {
 // The sequence in chunks of the given sizes, the last one repeated: a chunk of 1 uses the decode form, 0 means "the rest". Context: GpuContext
 // (emulated) or CpuContext.
 template <class Context>
-std::unique_ptr<Memory> run_chunks(const Sequence& s, const Formats& formats, const std::vector<int64_t>& chunks, const Context& context, int rows_per_page = 2) {
+std::unique_ptr<Memory> run_chunks(const Sequence& s, const Formats& formats, const std::vector<int64_t>& chunks,
+                                   const Context& context, int rows_per_page = 2) {
   auto memory = std::make_unique<Memory>(s, formats, rows_per_page, s.num_windows(), kStates);
   ThreadPool pool(1);
   reset_compressor_states(s.kind, memory->state_value.data(), memory->state_gate.data(), kStates, CpuContext{pool});
@@ -178,9 +193,11 @@ TEST(EmulatedCompressQuantize, DecodeAndAnyChunkingGiveThePrefillsBytesAndState)
     const Sequence s(kind, test_tokens(kind));
     const Formats formats{KvFormat::kNvfp4, IndexFormat::kFp4};
     const auto whole = run_chunks(s, formats, {0}, GpuContext{});
-    for (const std::vector<int64_t>& chunks : {decode_chunks(kind), {3, 0}, {4, 1, 1, 2, 0}, {130, 1, 1, 5, 0}, {2, 7, 1, 9, 3, 1, 0}}) {
+    for (const std::vector<int64_t>& chunks :
+         {decode_chunks(kind), {3, 0}, {4, 1, 1, 2, 0}, {130, 1, 1, 5, 0}, {2, 7, 1, 9, 3, 1, 0}}) {
       SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", first chunk " + std::to_string(chunks[0]));
-      for (const int num_sms : {132, 0}) {  // a decode call that starts all at once, and a long one: two orders of loads
+      for (const int num_sms :
+           {132, 0}) {  // a decode call that starts all at once, and a long one: two orders of loads
         const auto got = run_chunks(s, formats, chunks, GpuContext{.num_sms = num_sms});
         expect_same_bytes("pages", got->image, whole->image);
         expect_same_state(*got, *whole);
@@ -194,7 +211,8 @@ TEST(EmulatedCompressQuantize, CacheRowsEqualTheCpuCodecOfTheFinishedRow) {
     const Sequence s(kind, test_tokens(kind));
     const auto rows = run_chunks(s, {}, {0}, GpuContext{});
     for (const auto& [format, rows_per_page] : {std::pair{KvFormat::kFp8, 64}, {KvFormat::kNvfp4, 2}}) {
-      SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", format " + std::to_string(static_cast<int>(format)));
+      SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", format " +
+                   std::to_string(static_cast<int>(format)));
       const auto got = run_chunks(s, {format, IndexFormat::kBf16}, {0}, GpuContext{}, rows_per_page);
       const KvRowLayout layout{format, kKvHeadDim, kKvRopeDim};
       for (int64_t w = 0; w < s.num_windows(); ++w) {
@@ -228,22 +246,28 @@ TEST(EmulatedCompressQuantize, DecodeOfManySequencesTouchesOnlyTheirStatesAndRow
   ThreadPool pool;
   const CpuContext cpu{pool};
   for (const CompressorKind kind : kKinds)
-    for (const Formats& formats : {Formats{}, Formats{KvFormat::kFp8, IndexFormat::kFp8}, Formats{KvFormat::kNvfp4, IndexFormat::kFp4}}) {
-      SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", format " + std::to_string(static_cast<int>(formats.kv)));
+    for (const Formats& formats :
+         {Formats{}, Formats{KvFormat::kFp8, IndexFormat::kFp8}, Formats{KvFormat::kNvfp4, IndexFormat::kFp4}}) {
+      SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", format " +
+                   std::to_string(static_cast<int>(formats.kv)));
       const Sequence s(kind, 5);
       const int ratio = s.traits.ratio;
-      const std::vector<int32_t> positions = {ratio - 1, 5 * ratio, 2 * ratio - 1, 3 * ratio - 1, 3 * ratio - 2}, states = {4, 0, 2, 5, 1}, rope_rows = {0, 1, 1, 0, 1},
+      const std::vector<int32_t> positions = {ratio - 1, 5 * ratio, 2 * ratio - 1, 3 * ratio - 1, 3 * ratio - 2},
+                                 states = {4, 0, 2, 5, 1}, rope_rows = {0, 1, 1, 0, 1},
                                  slots = {3, 0, -1, 4, 1};  // of four rows
       constexpr int64_t kRows = 4, kAllStates = 6;
       Memory got(s, formats, 2, kRows, kAllStates), want(s, formats, 2, kRows, kAllStates);
       std::mt19937 random(1);
       std::normal_distribution<float> normal;
-      for (size_t i = 0; i < want.state_value.size(); ++i) want.state_value[i] = normal(random), want.state_gate[i] = normal(random);
+      for (size_t i = 0; i < want.state_value.size(); ++i)
+        want.state_value[i] = normal(random), want.state_gate[i] = normal(random);
       const int64_t first_window_state = int64_t{states[0]} * s.traits.state_rows * s.traits.width;
-      reset_compressor_states(kind, want.state_value.data() + first_window_state, want.state_gate.data() + first_window_state, 1, cpu);
+      reset_compressor_states(kind, want.state_value.data() + first_window_state,
+                              want.state_gate.data() + first_window_state, 1, cpu);
       got.state_value = want.state_value, got.state_gate = want.state_gate;
       const auto args = [&](Memory& memory) {
-        return CompressDecodeArgs{memory.common(s, 0), positions.data(), states.data(), rope_rows.data(), slots.data(), static_cast<int64_t>(positions.size())};
+        return CompressDecodeArgs{memory.common(s, 0), positions.data(), states.data(),
+                                  rope_rows.data(),    slots.data(),     static_cast<int64_t>(positions.size())};
       };
       compress_quantize(args(got), GpuContext{});
       compress_quantize(args(want), cpu);

@@ -58,7 +58,7 @@ struct Cta {
   std::unique_ptr<uint8_t[]> memory;
   uint8_t* smem = nullptr;
   std::vector<Warp> warps;
-  Barrier named[17];  // the last one is __syncthreads
+  Barrier named[17];                                  // the last one is __syncthreads
   std::map<uint32_t, MemoryBarrier> memory_barriers;  // by offset in smem
 };
 struct Fiber {
@@ -165,7 +165,8 @@ inline void run_cluster(uint32_t first_block, uint32_t block, int smem_bytes, in
   const bool backwards = first_block / static_cast<uint32_t>(cluster_ctas) % 2 == 1;
   for (;;) {
     bool all_done = true, progress = false;
-    for (size_t i = 0; i < num_warps; ++i) progress = run_warp(backwards ? num_warps - 1 - i : i, &all_done) || progress;
+    for (size_t i = 0; i < num_warps; ++i)
+      progress = run_warp(backwards ? num_warps - 1 - i : i, &all_done) || progress;
     if (all_done) return;
     if (!progress) {
       machine.fibers.clear();
@@ -177,7 +178,8 @@ inline void run_cluster(uint32_t first_block, uint32_t block, int smem_bytes, in
 // One cluster after the other, as a GPU may: clusters never wait for each other.
 inline void run(uint32_t grid, uint32_t block, int smem_bytes, int cluster_ctas, const std::function<void()>& kernel) {
   machine.grid = grid, machine.block = block, machine.kernel = &kernel;
-  for (uint32_t b = 0; b < grid; b += static_cast<uint32_t>(cluster_ctas)) run_cluster(b, block, smem_bytes, cluster_ctas);
+  for (uint32_t b = 0; b < grid; b += static_cast<uint32_t>(cluster_ctas))
+    run_cluster(b, block, smem_bytes, cluster_ctas);
 }
 
 template <uint32_t (*kValue)()>
@@ -229,14 +231,19 @@ T __shfl_sync(unsigned, T value, int lane, int width = emulate::kLanes) {
   uint64_t word = 0;
   std::memcpy(&word, &value, sizeof value);
   const emulate::LaneWords& words = emulate::exchange(&word, 1);
-  std::memcpy(&value, &words[emulate::thread() % emulate::kLanes / static_cast<uint32_t>(width) * static_cast<uint32_t>(width) + static_cast<uint32_t>(lane % width)][0], sizeof value);
+  std::memcpy(&value,
+              &words[emulate::thread() % emulate::kLanes / static_cast<uint32_t>(width) * static_cast<uint32_t>(width) +
+                     static_cast<uint32_t>(lane % width)][0],
+              sizeof value);
   return value;
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, static_cast<int>(emulate::thread() % emulate::kLanes) ^ bits);
 }
-inline void __syncthreads() { emulate::sync(emulate::machine.current->cta->named[16], static_cast<int>(emulate::machine.block)); }
+inline void __syncthreads() {
+  emulate::sync(emulate::machine.current->cta->named[16], static_cast<int>(emulate::machine.block));
+}
 inline void __syncwarp() {
   const emulate::Fiber& fiber = *emulate::machine.current;
   emulate::sync(fiber.cta->warps[fiber.thread / emulate::kLanes].barrier, emulate::kLanes);

@@ -55,7 +55,8 @@ class SessionTest : public testing::Test {
 std::unique_ptr<Engine> SessionTest::engine_;
 
 const char* const kText =
-    "It was a dark and stormy night, and Mr. Holmes had not yet returned from the moor; the fire was low and the wind was high "
+    "It was a dark and stormy night, and Mr. Holmes had not yet returned from the moor; the fire was low and the wind "
+    "was high "
     "about the house, and I sat alone with my thoughts and with the letter that had come in the evening.";
 
 TEST_F(SessionTest, ExtendingComputesOnlyWhatIsNew) {
@@ -206,15 +207,14 @@ TEST_F(SessionTest, PerplexityScoresTheNextTokenOfEachColdWindow) {
   EXPECT_THROW(evaluate_perplexity(*engine_, std::span(all).first(10), 10, 0), Error);
   EXPECT_THROW(evaluate_perplexity(*engine_, all, 0, 0), Error);
 
-  const PerplexityResult stopped = evaluate_perplexity(*engine_, all, kCtx, 0, [](int64_t done, int64_t) { return done < kCtx; });
+  const PerplexityResult stopped =
+      evaluate_perplexity(*engine_, all, kCtx, 0, [](int64_t done, int64_t) { return done < kCtx; });
   EXPECT_EQ(stopped.num_windows, 1);
   EXPECT_EQ(stopped.num_scored, kCtx);
   EXPECT_GT(stopped.seconds, 0);
 }
 
-TEST_F(SessionTest, UnknownFolderAndForcedMissingIsaAreNamed) {
-  EXPECT_THROW(Engine::open("/nonexistent", {}), Error);
-}
+TEST_F(SessionTest, UnknownFolderAndForcedMissingIsaAreNamed) { EXPECT_THROW(Engine::open("/nonexistent", {}), Error); }
 
 }  // namespace
 }  // namespace dsv4

@@ -37,12 +37,14 @@ __global__ void encode_run(uint32_t first, uint8_t* codes) {
 template <What kWhat>
 void run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) {
   DSV4_GPU_REQUIRE("encode_run", count % 2048 == 0, "count = %lld", static_cast<long long>(count));
-  gpu::launch(encode_run<kWhat>, {.grid = static_cast<uint32_t>(count / 2048), .block = 256, .stream = stream}, first, codes);
+  gpu::launch(encode_run<kWhat>, {.grid = static_cast<uint32_t>(count / 2048), .block = 256, .stream = stream}, first,
+              codes);
 }
 
 __global__ void reciprocal_run(uint32_t first, uint32_t last, unsigned long long* wrong) {
   unsigned long long count = 0;
-  for (uint64_t bits = first + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; bits <= last; bits += uint64_t{gridDim.x} * blockDim.x) {
+  for (uint64_t bits = first + uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; bits <= last;
+       bits += uint64_t{gridDim.x} * blockDim.x) {
     const float d = __uint_as_float(static_cast<uint32_t>(bits));
     count += __float_as_uint(rcp_rn_normal(d)) != __float_as_uint(__frcp_rn(d));
   }
@@ -52,10 +54,17 @@ __global__ void reciprocal_run(uint32_t first, uint32_t last, unsigned long long
 }  // namespace
 
 void count_wrong_reciprocals(float first, float last, unsigned long long* wrong, cudaStream_t stream) {
-  gpu::launch(reciprocal_run, {.grid = 4096, .block = 256, .stream = stream}, __builtin_bit_cast(uint32_t, first), __builtin_bit_cast(uint32_t, last), wrong);
+  gpu::launch(reciprocal_run, {.grid = 4096, .block = 256, .stream = stream}, __builtin_bit_cast(uint32_t, first),
+              __builtin_bit_cast(uint32_t, last), wrong);
 }
-void encode_e2m1_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE2m1>(first, count, codes, stream); }
-void encode_e2m1_codec_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE2m1Codec>(first, count, codes, stream); }
-void encode_e4m3_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) { run<What::kE4m3>(first, count, codes, stream); }
+void encode_e2m1_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) {
+  run<What::kE2m1>(first, count, codes, stream);
+}
+void encode_e2m1_codec_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) {
+  run<What::kE2m1Codec>(first, count, codes, stream);
+}
+void encode_e4m3_run(uint32_t first, int64_t count, uint8_t* codes, cudaStream_t stream) {
+  run<What::kE4m3>(first, count, codes, stream);
+}
 
 }  // namespace dsv4::test

@@ -42,17 +42,20 @@ void expect_all_patterns_equal(const Run& run, const Host& host_encode, const ch
 
 TEST(CodecExhaustive, DeviceE2m1EncoderEqualsHostCodecOnAllBinary32) {
   DSV4_NEEDS_GPU();
-  expect_all_patterns_equal(encode_e2m1_run, [](float x) { return encode_e2m1(x); }, "e2m1 encoders");
+  expect_all_patterns_equal(
+      encode_e2m1_run, [](float x) { return encode_e2m1(x); }, "e2m1 encoders");
 }
 
 TEST(CodecExhaustive, DeviceCodecE2m1EqualsHostCodecOnAllBinary32) {
   DSV4_NEEDS_GPU();
-  expect_all_patterns_equal(encode_e2m1_codec_run, [](float x) { return encode_e2m1(x); }, "encode_e2m1 on the device");
+  expect_all_patterns_equal(
+      encode_e2m1_codec_run, [](float x) { return encode_e2m1(x); }, "encode_e2m1 on the device");
 }
 
 TEST(CodecExhaustive, DeviceE4m3EncoderEqualsHostCodecOnAllBinary32) {
   DSV4_NEEDS_GPU();
-  expect_all_patterns_equal(encode_e4m3_run, [](float x) { return encode_e4m3(x); }, "encode_e4m3x8");
+  expect_all_patterns_equal(
+      encode_e4m3_run, [](float x) { return encode_e4m3(x); }, "encode_e4m3x8");
 }
 
 // The whole range that silu (1 .. 2^117) and the group scales (2^-69 .. 2^69) use.

@@ -35,15 +35,19 @@ struct Sequence {
     for (int i = 0; i < traits.dim; ++i) norm[i] = decode_bf16(norm_bf16[i]);
     freqs = make_rope_freqs(kKvRopeDim, 160000, nullptr);
     table.resize(static_cast<size_t>((num_windows() + 1) * kKvRopeDim));
-    for (int64_t w = 0; w <= num_windows(); ++w) rope_angles(freqs, w * traits.ratio, &table[w * kKvRopeDim], &table[w * kKvRopeDim + kKvRopeDim / 2]);
+    for (int64_t w = 0; w <= num_windows(); ++w)
+      rope_angles(freqs, w * traits.ratio, &table[w * kKvRopeDim], &table[w * kKvRopeDim + kKvRopeDim / 2]);
   }
   int64_t num_windows() const { return num_tokens / traits.ratio; }
 
   std::vector<float> cpu_rows(const CpuContext& cpu) const {
     const CompressorShape shape{traits.ratio, kind != CompressorKind::kHca, traits.dim, kKvRopeDim};
-    std::vector<float> state_value(static_cast<size_t>(shape.state_elems())), state_gate(state_value.size()), rows(static_cast<size_t>(num_windows() * traits.dim));
+    std::vector<float> state_value(static_cast<size_t>(shape.state_elems())), state_gate(state_value.size()),
+        rows(static_cast<size_t>(num_windows() * traits.dim));
     reset_compressor_state(shape, state_value.data(), state_gate.data());
-    compress({shape, value.data(), gate.data(), ape.data(), norm.data(), &freqs, state_value.data(), state_gate.data(), rows.data(), 0, num_tokens, 1e-6f, true}, cpu);
+    compress({shape, value.data(), gate.data(), ape.data(), norm.data(), &freqs, state_value.data(), state_gate.data(),
+              rows.data(), 0, num_tokens, 1e-6f, true},
+             cpu);
     return rows;
   }
 };
@@ -54,9 +58,12 @@ struct Formats {
 };
 
 // The page image after running the sequence in chunks of the given sizes; a chunk of 1 uses the decode form, 0 means "the rest".
-std::vector<uint8_t> gpu_pages(Machine& machine, const Sequence& s, const Formats& formats, const std::vector<int64_t>& chunks, int rows_per_page = 2) {
-  const PageLayout layout = s.kind == CompressorKind::kIndexer ? index_page_layout(formats.index) : kv_page_layout(formats.kv);
-  DevicePages pages{nullptr, (rows_per_page * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, rows_per_page, static_cast<int32_t>(s.num_windows())};
+std::vector<uint8_t> gpu_pages(Machine& machine, const Sequence& s, const Formats& formats,
+                               const std::vector<int64_t>& chunks, int rows_per_page = 2) {
+  const PageLayout layout =
+      s.kind == CompressorKind::kIndexer ? index_page_layout(formats.index) : kv_page_layout(formats.kv);
+  DevicePages pages{nullptr, (rows_per_page * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, rows_per_page,
+                    static_cast<int32_t>(s.num_windows())};
   const int64_t num_pages = (s.num_windows() + rows_per_page - 1) / rows_per_page;
   DeviceArray<uint8_t> image(machine, std::vector<uint8_t>(static_cast<size_t>(num_pages * pages.page_stride), 0xa5));
   pages.base = image.data();
@@ -75,21 +82,34 @@ std::vector<uint8_t> gpu_pages(Machine& machine, const Sequence& s, const Format
     states.push_back(kState);
     token_windows.push_back(static_cast<int32_t>(p / s.traits.ratio));
   }
-  DeviceArray<int32_t> device_positions(machine, positions), device_states(machine, states), device_token_windows(machine, token_windows);
+  DeviceArray<int32_t> device_positions(machine, positions), device_states(machine, states),
+      device_token_windows(machine, token_windows);
   int64_t first = 0;
   for (size_t i = 0; first < s.num_tokens; i = i + 1 < chunks.size() ? i + 1 : i) {
     const int64_t count = chunks[i] == 0 ? s.num_tokens - first : std::min(chunks[i], s.num_tokens - first);
-    CompressCommon common{s.kind, value.data() + first * s.traits.width, gate.data() + first * s.traits.width, ape.data(), norm.data(), table.data(), state_value.data(),
-                          state_gate.data(), 1e-6f, pages, formats.kv, formats.index};
+    CompressCommon common{s.kind,
+                          value.data() + first * s.traits.width,
+                          gate.data() + first * s.traits.width,
+                          ape.data(),
+                          norm.data(),
+                          table.data(),
+                          state_value.data(),
+                          state_gate.data(),
+                          1e-6f,
+                          pages,
+                          formats.kv,
+                          formats.index};
     if (chunks[i] == 1) {
-      compress_quantize(CompressDecodeArgs{common, device_positions.data() + first, device_states.data() + first, device_token_windows.data() + first,
-                                           device_token_windows.data() + first, 1},
+      compress_quantize(CompressDecodeArgs{common, device_positions.data() + first, device_states.data() + first,
+                                           device_token_windows.data() + first, device_token_windows.data() + first, 1},
                         machine.gpu);
     } else {
       common.state_value += kState * state_elems;
       common.state_gate += kState * state_elems;
       const int64_t window = first / s.traits.ratio;
-      compress_quantize(CompressPrefillArgs{common, first, count, window_ids.data() + window, window_ids.data() + window}, machine.gpu);
+      compress_quantize(
+          CompressPrefillArgs{common, first, count, window_ids.data() + window, window_ids.data() + window},
+          machine.gpu);
     }
     first += count;
   }
@@ -98,7 +118,8 @@ std::vector<uint8_t> gpu_pages(Machine& machine, const Sequence& s, const Format
 
 // Bytes of row w as the CPU keeps them: data, then scales.
 std::vector<uint8_t> row_bytes(std::vector<uint8_t>& image, PageLayout layout, int rows_per_page, int64_t w) {
-  DevicePages pages{image.data(), (rows_per_page * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, rows_per_page, 1 << 30};
+  DevicePages pages{image.data(), (rows_per_page * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16,
+                    rows_per_page, 1 << 30};
   const auto row = static_cast<int32_t>(w);
   std::vector<uint8_t> bytes(pages.data(row, layout), pages.data(row, layout) + layout.data_bytes);
   bytes.insert(bytes.end(), pages.scales(row, layout), pages.scales(row, layout) + layout.scale_bytes);
@@ -107,7 +128,8 @@ std::vector<uint8_t> row_bytes(std::vector<uint8_t>& image, PageLayout layout, i
 
 std::vector<float> bf16_rows(Machine& machine, const Sequence& s, const std::vector<int64_t>& chunks) {
   std::vector<uint8_t> image = gpu_pages(machine, s, {}, chunks);
-  const PageLayout layout = s.kind == CompressorKind::kIndexer ? index_page_layout(IndexFormat::kBf16) : kv_page_layout(KvFormat::kBf16);
+  const PageLayout layout =
+      s.kind == CompressorKind::kIndexer ? index_page_layout(IndexFormat::kBf16) : kv_page_layout(KvFormat::kBf16);
   std::vector<float> rows;
   for (int64_t w = 0; w < s.num_windows(); ++w) {
     const std::vector<uint8_t> bytes = row_bytes(image, layout, 2, w);
@@ -149,7 +171,8 @@ TEST(GpuCompressQuantize, DecodeAndAnyChunkingGiveThePrefillsBytes) {
     const Sequence s(kind, test_tokens(kind));
     const Formats formats{KvFormat::kNvfp4, IndexFormat::kFp4};
     const std::vector<uint8_t> whole = gpu_pages(machine, s, formats, {0});
-    for (const std::vector<int64_t>& chunks : {std::vector<int64_t>{1}, {3, 0}, {4, 1, 1, 2, 0}, {130, 1, 1, 5, 0}, {2, 7, 1, 9, 3, 1, 0}}) {
+    for (const std::vector<int64_t>& chunks :
+         {std::vector<int64_t>{1}, {3, 0}, {4, 1, 1, 2, 0}, {130, 1, 1, 5, 0}, {2, 7, 1, 9, 3, 1, 0}}) {
       SCOPED_TRACE(std::to_string(static_cast<int>(kind)) + " first chunk " + std::to_string(chunks[0]));
       expect_same_bytes(gpu_pages(machine, s, formats, chunks), whole, "pages");
     }
@@ -167,30 +190,46 @@ TEST(GpuCompressQuantize, DependentDecodeOfAlternatingSequencesGivesThePrefillsB
       const Sequence s(kind, test_tokens(kind));
       const Formats formats{KvFormat::kNvfp4, IndexFormat::kFp4};
       const std::vector<uint8_t> want = gpu_pages(machine, s, formats, {0});
-      const PageLayout layout = kind == CompressorKind::kIndexer ? index_page_layout(formats.index) : kv_page_layout(formats.kv);
+      const PageLayout layout =
+          kind == CompressorKind::kIndexer ? index_page_layout(formats.index) : kv_page_layout(formats.kv);
       constexpr int kRowsPerPage = 2;
-      DevicePages pages{nullptr, (kRowsPerPage * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, kRowsPerPage, static_cast<int32_t>(s.num_windows())};
+      DevicePages pages{nullptr, (kRowsPerPage * (layout.data_bytes + layout.scale_bytes) + 15) / 16 * 16, kRowsPerPage,
+                        static_cast<int32_t>(s.num_windows())};
       DeviceArray<float> value(machine, s.value), gate(machine, s.gate), ape(machine, s.ape), table(machine, s.table);
       DeviceArray<bf16> norm(machine, s.norm_bf16);
       const int64_t state_elems = int64_t{s.traits.state_rows} * s.traits.width;
       DeviceArray<float> state_value(machine, 2 * state_elems), state_gate(machine, 2 * state_elems);
-      DeviceArray<uint8_t> first_image(machine, std::vector<uint8_t>(want.size(), 0xa5)), second_image(machine, std::vector<uint8_t>(want.size(), 0xa5));
+      DeviceArray<uint8_t> first_image(machine, std::vector<uint8_t>(want.size(), 0xa5)),
+          second_image(machine, std::vector<uint8_t>(want.size(), 0xa5));
       reset_compressor_states(kind, state_value.data(), state_gate.data(), 2, machine.gpu);
       std::vector<int32_t> positions, windows;
       for (int64_t p = 0; p < s.num_tokens; ++p) {
         positions.push_back(static_cast<int32_t>(p));
         windows.push_back(static_cast<int32_t>(p / s.traits.ratio));
       }
-      DeviceArray<int32_t> device_positions(machine, positions), device_windows(machine, windows), states(machine, std::vector<int32_t>{0, 1});
+      DeviceArray<int32_t> device_positions(machine, positions), device_windows(machine, windows),
+          states(machine, std::vector<int32_t>{0, 1});
       GpuContext context = machine.gpu;
       context.dependent = true;
       if (!early) context.num_sms = 0;
       for (int64_t p = 0; p < s.num_tokens; ++p)
         for (const int sequence : {0, 1}) {
           pages.base = sequence == 0 ? first_image.data() : second_image.data();
-          const CompressCommon common{kind,          value.data() + p * s.traits.width, gate.data() + p * s.traits.width, ape.data(), norm.data(), table.data(), state_value.data(),
-                                      state_gate.data(), 1e-6f, pages, formats.kv, formats.index};
-          compress_quantize(CompressDecodeArgs{common, device_positions.data() + p, states.data() + sequence, device_windows.data() + p, device_windows.data() + p, 1}, context);
+          const CompressCommon common{kind,
+                                      value.data() + p * s.traits.width,
+                                      gate.data() + p * s.traits.width,
+                                      ape.data(),
+                                      norm.data(),
+                                      table.data(),
+                                      state_value.data(),
+                                      state_gate.data(),
+                                      1e-6f,
+                                      pages,
+                                      formats.kv,
+                                      formats.index};
+          compress_quantize(CompressDecodeArgs{common, device_positions.data() + p, states.data() + sequence,
+                                               device_windows.data() + p, device_windows.data() + p, 1},
+                            context);
         }
       expect_same_bytes(first_image.host(), want, "first sequence");
       expect_same_bytes(second_image.host(), want, "second sequence");

@@ -24,20 +24,23 @@ struct Case {
 void expect_parity(Machine& machine, const Case& c, const std::vector<int32_t>& rows) {
   const bool gather = !rows.empty();
   const int64_t num_out = gather ? static_cast<int64_t>(rows.size()) : c.rows;
-  const std::vector<uint8_t> codes = random_bytes(c.rows * c.cols / 2, 1, 256), sf = random_bytes(sf_bytes(c.layout, c.rows, c.cols / 16), 2, 127);
+  const std::vector<uint8_t> codes = random_bytes(c.rows * c.cols / 2, 1, 256),
+                             sf = random_bytes(sf_bytes(c.layout, c.rows, c.cols / 16), 2, 127);
   std::vector<float> globals(static_cast<size_t>(c.rows));
   for (size_t i = 0; i < globals.size(); ++i) globals[i] = 0.0173f * static_cast<float>(i % 11 + 1);
   const int64_t y_bytes = num_out * c.cols * (c.f32 ? 4 : 2);
   std::vector<uint8_t> want(static_cast<size_t>(y_bytes));
   int32_t want_bad = 0;
-  DequantizeArgs args{codes.data(), sf.data(), globals.data(), gather ? rows.data() : nullptr, &want_bad, want.data(), c.f32, c.global, c.layout,
-                      c.rows, num_out, c.cols};
+  DequantizeArgs args{codes.data(), sf.data(),   globals.data(), gather ? rows.data() : nullptr,
+                      &want_bad,    want.data(), c.f32,          c.global,
+                      c.layout,     c.rows,      num_out,        c.cols};
   dequantize_rows(args, machine.cpu);
 
   DeviceArray<uint8_t> device_codes(machine, codes), device_sf(machine, sf), y(machine, y_bytes);
   DeviceArray<float> device_globals(machine, globals);
   DeviceArray<int32_t> device_rows(machine, rows), bad(machine, std::vector<int32_t>{0});
-  args.codes = device_codes.data(), args.sf = device_sf.data(), args.global = device_globals.data(), args.y = y.data(), args.bad_rows = bad.data();
+  args.codes = device_codes.data(), args.sf = device_sf.data(), args.global = device_globals.data(), args.y = y.data(),
+  args.bad_rows = bad.data();
   args.rows = gather ? device_rows.data() : nullptr;
   dequantize_rows(args, machine.gpu);
   expect_same_bytes(y.host(), want, "decoded rows");
@@ -74,11 +77,13 @@ TEST(GpuDequantize, EveryCodeUnderEveryScaleEqualsReference) {
   Machine machine;
   std::vector<uint8_t> codes, sf;  // 127 rows of one group: all 16 codes under each finite scale
   for (int scale = 0; scale < 127; ++scale) {
-    for (int j = 0; j < 8; ++j) codes.push_back(pack_e2m1x2(static_cast<uint8_t>(2 * j), static_cast<uint8_t>(2 * j + 1)));
+    for (int j = 0; j < 8; ++j)
+      codes.push_back(pack_e2m1x2(static_cast<uint8_t>(2 * j), static_cast<uint8_t>(2 * j + 1)));
     sf.push_back(static_cast<uint8_t>(scale));
   }
   std::vector<bf16> want(127 * 16);
-  DequantizeArgs args{codes.data(), sf.data(), nullptr, nullptr, nullptr, want.data(), false, GlobalMode::kOne, SfLayout::kLinear, 127, 127, 16};
+  DequantizeArgs args{codes.data(), sf.data(),        nullptr,           nullptr, nullptr, want.data(),
+                      false,        GlobalMode::kOne, SfLayout::kLinear, 127,     127,     16};
   dequantize_rows(args, machine.cpu);
   DeviceArray<uint8_t> device_codes(machine, codes), device_sf(machine, sf);
   DeviceArray<bf16> y(machine, 127 * 16);
@@ -96,10 +101,13 @@ TEST(GpuDequantize, RoundTripThroughTheQuantiserStaysWithinHalfAStep) {
   DeviceArray<uint8_t> codes(machine, kRows * kCols / 2), sf(machine, kRows * kCols / 16);
   DeviceArray<float> globals(machine, kRows);
   quantize_rows(QuantizeArgs{device_x.data(), false, nullptr, 0, kRows, kCols, kCols,
-                             QuantizedRows{.global_mode = GlobalMode::kComputeRow, .codes = codes.data(), .sf = sf.data(), .row_global = globals.data()}},
+                             QuantizedRows{.global_mode = GlobalMode::kComputeRow,
+                                           .codes = codes.data(),
+                                           .sf = sf.data(),
+                                           .row_global = globals.data()}},
                 machine.gpu);
-  dequantize_rows(DequantizeArgs{codes.data(), sf.data(), globals.data(), nullptr, nullptr, y.data(), false, GlobalMode::kPerRow, SfLayout::kLinear, kRows,
-                                 kRows, kCols},
+  dequantize_rows(DequantizeArgs{codes.data(), sf.data(), globals.data(), nullptr, nullptr, y.data(), false,
+                                 GlobalMode::kPerRow, SfLayout::kLinear, kRows, kRows, kCols},
                   machine.gpu);
   const std::vector<bf16> back = y.host();
   for (int64_t row = 0; row < kRows; ++row) {

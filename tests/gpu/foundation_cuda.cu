@@ -8,7 +8,8 @@
 namespace dsv4::test {
 namespace {
 
-__global__ void copy_box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to, int col, int row, uint8_t* raw) {
+__global__ void copy_box_kernel(const __grid_constant__ CUtensorMap from, const __grid_constant__ CUtensorMap to,
+                                int col, int row, uint8_t* raw) {
   extern __shared__ __align__(1024) uint8_t box[];
   __shared__ uint64_t full;
   if (threadIdx.x == 0) {
@@ -62,7 +63,9 @@ __global__ void bulk_round_trip_kernel(const uint8_t* from, uint8_t* to, int byt
 
 __global__ void add_one_kernel(int32_t* values, int count) {
   ptx::griddepcontrol_wait();
-  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < count; i += static_cast<int>(gridDim.x * blockDim.x)) ++values[i];
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < count;
+       i += static_cast<int>(gridDim.x * blockDim.x))
+    ++values[i];
 }
 
 }  // namespace
@@ -71,14 +74,17 @@ void copy_box(const CUtensorMap& from, const CUtensorMap& to, int col, int row, 
   gpu::launch(copy_box_kernel, {.block = 128, .smem_bytes = kBoxBytes, .stream = stream}, from, to, col, row, raw);
 }
 void multicast_box(const CUtensorMap& half_box, uint8_t* raw, cudaStream_t stream) {
-  gpu::launch(multicast_box_kernel, {.grid = 2, .block = 128, .smem_bytes = kBoxBytes, .stream = stream, .cluster = 2}, half_box, raw);
+  gpu::launch(multicast_box_kernel, {.grid = 2, .block = 128, .smem_bytes = kBoxBytes, .stream = stream, .cluster = 2},
+              half_box, raw);
 }
 void bulk_round_trip(const uint8_t* from, uint8_t* to, int bytes, cudaStream_t stream) {
   gpu::allow_smem(bulk_round_trip_kernel, bytes);
   gpu::launch(bulk_round_trip_kernel, {.block = 32, .smem_bytes = bytes, .stream = stream}, from, to, bytes);
 }
 void add_one(int32_t* values, int count, int ctas, bool dependent, cudaStream_t stream) {
-  gpu::launch(add_one_kernel, {.grid = static_cast<unsigned>(ctas), .block = 256, .stream = stream, .dependent = dependent}, values, count);
+  gpu::launch(add_one_kernel,
+              {.grid = static_cast<unsigned>(ctas), .block = 256, .stream = stream, .dependent = dependent}, values,
+              count);
 }
 void launch_too_many_threads(cudaStream_t stream) {
   add_one_kernel<<<1, 2048, 0, stream>>>(nullptr, 0);

@@ -39,7 +39,8 @@ TEST(GpuFoundation, TensorMapsSwizzleFillWithZerosAndClip) {
   DeviceArray<uint16_t> from(machine, source), to(machine, std::vector<uint16_t>(source.size(), 0xeeee));
   DeviceArray<uint16_t> raw(machine, kBoxBytes / 2);
   const auto map = [&](DeviceArray<uint16_t>& array) {
-    return gpu::make_tma_map_2d(gpu::TmaType::kU16, array.data(), kRows, kCols, kPitch * 2, kBoxRows, kBoxCols, gpu::TmaSwizzle::k128B);
+    return gpu::make_tma_map_2d(gpu::TmaType::kU16, array.data(), kRows, kCols, kPitch * 2, kBoxRows, kBoxCols,
+                                gpu::TmaSwizzle::k128B);
   };
   test::copy_box(map(from), map(to), kCol, kRow, reinterpret_cast<uint8_t*>(raw.data()), machine.stream.get());
   const std::vector<uint16_t> box = raw.host(), written = to.host();
@@ -60,8 +61,8 @@ TEST(GpuFoundation, MulticastReachesBothCtas) {
   Machine machine;
   const std::vector<uint16_t> source = counted(kBoxRows, kBoxCols);
   DeviceArray<uint16_t> from(machine, source), raw(machine, kBoxBytes);
-  const CUtensorMap map = gpu::make_tma_map_2d(gpu::TmaType::kU16, from.data(), kBoxRows, kBoxCols, kBoxCols * 2, kBoxRows / 2, kBoxCols,
-                                               gpu::TmaSwizzle::kNone);
+  const CUtensorMap map = gpu::make_tma_map_2d(gpu::TmaType::kU16, from.data(), kBoxRows, kBoxCols, kBoxCols * 2,
+                                               kBoxRows / 2, kBoxCols, gpu::TmaSwizzle::kNone);
   test::multicast_box(map, reinterpret_cast<uint8_t*>(raw.data()), machine.stream.get());
   std::vector<uint16_t> twice = source;
   twice.insert(twice.end(), source.begin(), source.end());
@@ -90,10 +91,11 @@ TEST(GpuFoundation, GraphsReplayAndSurviveAThrowingCapture) {
     for (int i = 0; i < 3; ++i) test::add_one(values.data(), kCount, 64, /*dependent=*/true, stream);
   };
   const gpu::Graph graph = gpu::Graph::capture(machine.stream, three);
-  EXPECT_THROW(gpu::Graph::capture(machine.stream, [&](cudaStream_t stream) {
-                 three(stream);
-                 throw Error(ErrorKind::kBadInput, "no");
-               }),
+  EXPECT_THROW(gpu::Graph::capture(machine.stream,
+                                   [&](cudaStream_t stream) {
+                                     three(stream);
+                                     throw Error(ErrorKind::kBadInput, "no");
+                                   }),
                Error);
   for (int i = 0; i < 4; ++i) graph.launch(machine.stream.get());
   test::expect_same_bytes(values.host(), std::vector<int32_t>(kCount, 17), "after four replays");
@@ -129,7 +131,8 @@ TEST(GpuFoundation, ErrorsNameOpShapeAndCudasText) {
     return "no error";
   };
   const std::string map = message([&] {
-    gpu::make_tma_map_2d(gpu::TmaType::kU16, array.data(), 64, 64, 100 /* not a multiple of 16 */, 32, 64, gpu::TmaSwizzle::kNone);
+    gpu::make_tma_map_2d(gpu::TmaType::kU16, array.data(), 64, 64, 100 /* not a multiple of 16 */, 32, 64,
+                         gpu::TmaSwizzle::kNone);
   });
   EXPECT_NE(map.find("rank-2"), std::string::npos) << map;
   EXPECT_NE(map.find("stride 100"), std::string::npos) << map;

@@ -19,10 +19,10 @@
 namespace dsv4::test {
 
 // Skips, with the reason, where there is no usable GPU.
-#define DSV4_NEEDS_GPU()                                                                     \
-  do {                                                                                       \
-    const ::dsv4::gpu::DeviceList list = ::dsv4::gpu::find_devices();                        \
-    if (list.devices.empty()) GTEST_SKIP() << "no GPU: " << list.absence;                    \
+#define DSV4_NEEDS_GPU()                                                                         \
+  do {                                                                                           \
+    const ::dsv4::gpu::DeviceList list = ::dsv4::gpu::find_devices();                            \
+    if (list.devices.empty()) GTEST_SKIP() << "no GPU: " << list.absence;                        \
     if (!list.devices[0].has_kernels) GTEST_SKIP() << "no kernels for " << list.devices[0].name; \
   } while (false)
 
@@ -86,8 +86,8 @@ void expect_same_bytes(const std::vector<T>& got, const std::vector<T>& want, co
   uint64_t g = 0, w = 0;
   std::memcpy(&g, &got[static_cast<size_t>(first)], sizeof(T));
   std::memcpy(&w, &want[static_cast<size_t>(first)], sizeof(T));
-  ADD_FAILURE() << what << ": " << different << " of " << got.size() << " elements differ, first at " << first << ": got 0x" << std::hex << g
-                << ", want 0x" << w;
+  ADD_FAILURE() << what << ": " << different << " of " << got.size() << " elements differ, first at " << first
+                << ": got 0x" << std::hex << g << ", want 0x" << w;
 }
 
 // Rows of very different size, with zeros of both signs and (every seventh row) all zeros.

@@ -47,9 +47,16 @@ struct Inputs {
   std::vector<float> post, comb, fn, scale, base;
 
   Inputs(int64_t t, int64_t d, int mix)
-      : tokens(t), hidden(d), streams(to_bf16(normal_values(t * 4 * d, 1, 3))), sublayer(to_bf16(normal_values(t * d, 2, 1))), weight(to_bf16(normal_values(d, 3, 1))),
-        post(normal_values(t * 4, 4, 0.5f)), comb(normal_values(t * 16, 5, 0.3f)), fn(normal_values(mix * 4 * d, 6, 1.0f / std::sqrt(static_cast<float>(4 * d)))),
-        scale{0.7f, 1.3f, 0.9f}, base(normal_values(24, 7, 0.5f)) {}
+      : tokens(t),
+        hidden(d),
+        streams(to_bf16(normal_values(t * 4 * d, 1, 3))),
+        sublayer(to_bf16(normal_values(t * d, 2, 1))),
+        weight(to_bf16(normal_values(d, 3, 1))),
+        post(normal_values(t * 4, 4, 0.5f)),
+        comb(normal_values(t * 16, 5, 0.3f)),
+        fn(normal_values(mix * 4 * d, 6, 1.0f / std::sqrt(static_cast<float>(4 * d)))),
+        scale{0.7f, 1.3f, 0.9f},
+        base(normal_values(24, 7, 0.5f)) {}
 };
 
 struct Device {
@@ -58,16 +65,45 @@ struct Device {
   DeviceArray<uint8_t> codes, sf;
 
   Device(Machine& m, const Inputs& in)
-      : streams(m, in.streams), sublayer(m, in.sublayer), weight(m, in.weight), streams_out(m, in.tokens * 4 * in.hidden), y(m, in.tokens * in.hidden), post(m, in.post),
-        comb(m, in.comb), fn(m, in.fn), scale(m, in.scale), base(m, in.base), post_out(m, in.tokens * 4), comb_out(m, in.tokens * 16), row_global(m, in.tokens),
-        codes(m, in.tokens * in.hidden), sf(m, (in.tokens + 127) / 128 * 128 * in.hidden / 16) {}
+      : streams(m, in.streams),
+        sublayer(m, in.sublayer),
+        weight(m, in.weight),
+        streams_out(m, in.tokens * 4 * in.hidden),
+        y(m, in.tokens * in.hidden),
+        post(m, in.post),
+        comb(m, in.comb),
+        fn(m, in.fn),
+        scale(m, in.scale),
+        base(m, in.base),
+        post_out(m, in.tokens * 4),
+        comb_out(m, in.tokens * 16),
+        row_global(m, in.tokens),
+        codes(m, in.tokens * in.hidden),
+        sf(m, (in.tokens + 127) / 128 * 128 * in.hidden / 16) {}
   HcBoundaryArgs args(const Inputs& in, bool head) {
-    return {streams.data(), sublayer.data(), post.data(), comb.data(), streams_out.data(), fn.data(), scale.data(), base.data(), post_out.data(), comb_out.data(), head,
-            weight.data(), QuantizedRows{.format = RowFormat::kBf16, .y = y.data()}, in.tokens, in.hidden, 20, kEps, kEps};
+    return {streams.data(),
+            sublayer.data(),
+            post.data(),
+            comb.data(),
+            streams_out.data(),
+            fn.data(),
+            scale.data(),
+            base.data(),
+            post_out.data(),
+            comb_out.data(),
+            head,
+            weight.data(),
+            QuantizedRows{.format = RowFormat::kBf16, .y = y.data()},
+            in.tokens,
+            in.hidden,
+            20,
+            kEps,
+            kEps};
   }
 };
 
-const std::pair<int64_t, int64_t> kShapes[] = {{1, 512}, {3, 1024}, {1, 4096}, {8, 4096}, {37, 4096}, {5, 7168}, {130, 512}, {19, 7168}};
+const std::pair<int64_t, int64_t> kShapes[] = {{1, 512},   {3, 1024}, {1, 4096},  {8, 4096},
+                                               {37, 4096}, {5, 7168}, {130, 512}, {19, 7168}};
 
 TEST(GpuHyperConnection, BoundaryEqualsPostThenPreThenNorm) {
   DSV4_NEEDS_GPU();
@@ -80,7 +116,8 @@ TEST(GpuHyperConnection, BoundaryEqualsPostThenPreThenNorm) {
 
     const HcShape shape{tokens, hidden, 4, 20, kEps, kEps, true};
     const HcParams params{in.fn.data(), in.scale.data(), in.base.data()};
-    std::vector<float> streams = widen(in.streams), y(static_cast<size_t>(tokens * hidden)), post(static_cast<size_t>(tokens * 4)), comb(static_cast<size_t>(tokens * 16));
+    std::vector<float> streams = widen(in.streams), y(static_cast<size_t>(tokens * hidden)),
+                       post(static_cast<size_t>(tokens * 4)), comb(static_cast<size_t>(tokens * 16));
     hc_post(shape, widen(in.sublayer).data(), in.post.data(), in.comb.data(), streams.data(), machine.cpu);
     const std::vector<float> got_streams = widen(d.streams_out.host());
     const Difference stream_difference = difference(got_streams, streams);
@@ -108,7 +145,8 @@ TEST(GpuHyperConnection, HeadCollapseEqualsReference) {
     hyper_connection_boundary(args, machine.gpu);
     const HcShape shape{tokens, hidden, 4, 20, kEps, kEps, true};
     std::vector<float> y(static_cast<size_t>(tokens * hidden));
-    hc_head(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(d.streams_out.host()).data(), y.data(), machine.cpu);
+    hc_head(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(d.streams_out.host()).data(), y.data(),
+            machine.cpu);
     const Difference y_difference = difference(widen(d.y.host()), y);
     EXPECT_LT(y_difference.relative_l2, 2e-4);
     EXPECT_LT(y_difference.share, 0.01);
@@ -126,9 +164,11 @@ TEST(GpuHyperConnection, CombOfLogitsFarApartEqualsReference) {
     hyper_connection_boundary(d.args(in, false), machine.gpu);
     const HcShape shape{24, 1024, 4, 20, kEps, kEps, true};
     std::vector<float> y(24 * 1024), post(24 * 4), comb(24 * 16);
-    hc_pre(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(d.streams_out.host()).data(), y.data(), post.data(), comb.data(), machine.cpu);
+    hc_pre(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(d.streams_out.host()).data(), y.data(),
+           post.data(), comb.data(), machine.cpu);
     const std::vector<float> got = d.comb_out.host();
-    for (size_t i = 0; i < comb.size(); ++i) ASSERT_NEAR(got[i], comb[i], 5e-6f * scale) << "scale " << scale << ", comb " << i;
+    for (size_t i = 0; i < comb.size(); ++i)
+      ASSERT_NEAR(got[i], comb[i], 5e-6f * scale) << "scale " << scale << ", comb " << i;
   }
 }
 
@@ -140,7 +180,12 @@ void expect_bytes_of_short_calls(int64_t tokens, int64_t hidden) {
   Device whole(machine, in), parts(machine, in);
   const auto args_of = [&](Device& d) {
     HcBoundaryArgs args = d.args(in, false);
-    args.out = {.format = RowFormat::kNvfp4, .global_mode = GlobalMode::kComputeRow, .codes = d.codes.data(), .sf = d.sf.data(), .y = d.y.data(), .row_global = d.row_global.data()};
+    args.out = {.format = RowFormat::kNvfp4,
+                .global_mode = GlobalMode::kComputeRow,
+                .codes = d.codes.data(),
+                .sf = d.sf.data(),
+                .y = d.y.data(),
+                .row_global = d.row_global.data()};
     return args;
   };
   hyper_connection_boundary(args_of(whole), machine.gpu);
@@ -150,7 +195,8 @@ void expect_bytes_of_short_calls(int64_t tokens, int64_t hidden) {
     args.num_tokens = std::min(kPart, tokens - first);
     args.streams += first * 4 * hidden, args.streams_out += first * 4 * hidden, args.sublayer_out += first * hidden;
     args.post += first * 4, args.post_out += first * 4, args.comb += first * 16, args.comb_out += first * 16;
-    args.out.codes += first * hidden / 2, args.out.sf += first * hidden / 16, args.out.y += first * hidden, args.out.row_global += first;
+    args.out.codes += first * hidden / 2, args.out.sf += first * hidden / 16, args.out.y += first * hidden,
+        args.out.row_global += first;
     hyper_connection_boundary(args, machine.gpu);
   }
   expect_same_bytes(whole.streams_out.host(), parts.streams_out.host(), "streams");
@@ -199,7 +245,8 @@ TEST(GpuHyperConnection, FirstSiteLeavesStreamsUntouched) {
   expect_same_bytes(d.streams.host(), in.streams, "streams");
   const HcShape shape{6, 4096, 4, 20, kEps, kEps, true};
   std::vector<float> y(6 * 4096), post(24), comb(96);
-  hc_pre(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(in.streams).data(), y.data(), post.data(), comb.data(), machine.cpu);
+  hc_pre(shape, {in.fn.data(), in.scale.data(), in.base.data()}, widen(in.streams).data(), y.data(), post.data(),
+         comb.data(), machine.cpu);
   for (size_t i = 0; i < post.size(); ++i) EXPECT_NEAR(d.post_out.host()[i], post[i], 1e-5);
 }
 
@@ -210,12 +257,18 @@ TEST(GpuHyperConnection, NormAndQuantiserInsideGiveTheBytesOfQuantizeRows) {
     for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kFp8, RowFormat::kBf16})
       for (const SfLayout layout : {SfLayout::kLinear, SfLayout::k128x4}) {
         if (format != RowFormat::kNvfp4 && layout != SfLayout::kLinear) continue;
-        SCOPED_TRACE(std::to_string(tokens) + " tokens, hidden " + std::to_string(hidden) + ", format " + std::to_string(static_cast<int>(format)));
+        SCOPED_TRACE(std::to_string(tokens) + " tokens, hidden " + std::to_string(hidden) + ", format " +
+                     std::to_string(static_cast<int>(format)));
         const Inputs in(tokens, hidden, 24);
         Device fused(machine, in), unfused(machine, in);
         const auto out_of = [&](Device& d) {
-          return QuantizedRows{.format = format, .global_mode = format == RowFormat::kNvfp4 ? GlobalMode::kComputeRow : GlobalMode::kOne, .sf_layout = layout,
-                               .codes = d.codes.data(), .sf = d.sf.data(), .y = d.y.data(), .row_global = d.row_global.data()};
+          return QuantizedRows{.format = format,
+                               .global_mode = format == RowFormat::kNvfp4 ? GlobalMode::kComputeRow : GlobalMode::kOne,
+                               .sf_layout = layout,
+                               .codes = d.codes.data(),
+                               .sf = d.sf.data(),
+                               .y = d.y.data(),
+                               .row_global = d.row_global.data()};
         };
         HcBoundaryArgs args = fused.args(in, false);
         args.out = out_of(fused);
@@ -225,11 +278,14 @@ TEST(GpuHyperConnection, NormAndQuantiserInsideGiveTheBytesOfQuantizeRows) {
         args.norm_weight = nullptr;
         args.out = QuantizedRows{.format = RowFormat::kBf16, .y = collapsed.data()};
         hyper_connection_boundary(args, machine.gpu);
-        quantize_rows(QuantizeArgs{collapsed.data(), false, unfused.weight.data(), kEps, tokens, hidden, hidden, out_of(unfused)}, machine.gpu);
+        quantize_rows(
+            QuantizeArgs{collapsed.data(), false, unfused.weight.data(), kEps, tokens, hidden, hidden, out_of(unfused)},
+            machine.gpu);
         expect_same_bytes(fused.y.host(), unfused.y.host(), "normalised rows");
         expect_same_bytes(fused.codes.host(), unfused.codes.host(), "codes");
         expect_same_bytes(fused.sf.host(), unfused.sf.host(), "scale factors");
-        if (format == RowFormat::kNvfp4) expect_same_bytes(fused.row_global.host(), unfused.row_global.host(), "row globals");
+        if (format == RowFormat::kNvfp4)
+          expect_same_bytes(fused.row_global.host(), unfused.row_global.host(), "row globals");
       }
 }
 

@@ -24,8 +24,9 @@ struct CaseShape {
   int hidden, inter, experts, topk;
   sm90::MoeShape kernel_shape() const { return {hidden, inter, experts, topk}; }
 };
-constexpr CaseShape kCaseShapes[] = {{"flash", 4096, 2048, 256, 6}, {"pro", 7168, 3072, 384, 6}, {"demo", 512, 256, 16, 4},
-                                     {"odd", 320, 192, 7, 3},       {"small", 128, 64, 5, 2},    {"wide", 1088, 576, 40, 8}};
+constexpr CaseShape kCaseShapes[] = {{"flash", 4096, 2048, 256, 6}, {"pro", 7168, 3072, 384, 6},
+                                     {"demo", 512, 256, 16, 4},     {"odd", 320, 192, 7, 3},
+                                     {"small", 128, 64, 5, 2},      {"wide", 1088, 576, 40, 8}};
 inline const CaseShape* find_case_shape(const std::string& name) {
   for (const CaseShape& s : kCaseShapes)
     if (name == s.name) return &s;
@@ -48,7 +49,8 @@ __host__ __device__ inline uint64_t mix(uint64_t z) {
 }
 
 __global__ inline void fill_random_bytes(uint8_t* p, int64_t n, uint64_t seed) {
-  for (int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * 8; i < n; i += int64_t(gridDim.x) * blockDim.x * 8) {
+  for (int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) * 8; i < n;
+       i += int64_t(gridDim.x) * blockDim.x * 8) {
     const uint64_t r = mix(seed * 0x100000001b3ull + i);
     for (int j = 0; j < 8 && i + j < n; ++j) p[i + j] = static_cast<uint8_t>(r >> (8 * j));
   }
@@ -61,7 +63,8 @@ __global__ inline void fill_random_codes(uint8_t* p, int64_t n, int first, int c
 __global__ inline void fill_normal_bf16(bf16* p, int64_t n, float sigma, uint64_t seed) {
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
     const uint64_t r = mix(seed * 0x100000001b3ull + i);
-    const float u1 = (static_cast<float>(r & 0xffffff) + 1.0f) * 0x1p-24f, u2 = static_cast<float>((r >> 24) & 0xffffff) * 0x1p-24f;
+    const float u1 = (static_cast<float>(r & 0xffffff) + 1.0f) * 0x1p-24f,
+                u2 = static_cast<float>((r >> 24) & 0xffffff) * 0x1p-24f;
     p[i] = encode_bf16(sigma * sqrtf(-2.0f * logf(u1)) * cospif(2.0f * u2));
   }
 }
@@ -89,7 +92,8 @@ inline SharedExpert make_shared_expert(int hidden, int inter, uint64_t seed, cud
     const int rows = i == 2 ? hidden : inter, cols = i == 2 ? inter : hidden;
     e.codes[i] = DeviceBuffer(n);
     fill_random_e4m3<<<1024, 256, 0, stream>>>(e.codes[i].as<uint8_t>(), n, seed + i);
-    const int middle = static_cast<int>(std::floor(std::log2((i == 2 ? 1.0 : 4.0) / (110.0 * std::sqrt(double(cols))))));  // rms of the codes
+    const int middle = static_cast<int>(
+        std::floor(std::log2((i == 2 ? 1.0 : 4.0) / (110.0 * std::sqrt(double(cols))))));  // rms of the codes
     for (int b = 0; b < (rows + 127) / 128 * ((cols + 127) / 128); ++b)
       e.host_scales[i].push_back(std::ldexp(1.0f, middle - 1 + static_cast<int>(mix(seed + 1000 * i + b) % 4)));
     e.scales[i] = DeviceBuffer(static_cast<int64_t>(e.host_scales[i].size()) * 4);
@@ -103,7 +107,8 @@ inline SharedExpert make_shared_expert(int hidden, int inter, uint64_t seed, cud
   const auto matrix = [&](int i) { return sm90::MoeLinearFp8{e.codes[i].as<uint8_t>(), e.scales[i].as<float>()}; };
   const sm90::MoeLinearShared linear{matrix(0), matrix(1), matrix(2)};
   sm90::pack_moe_shared(linear, hidden, inter, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), stream);
-  sm90::verify_moe_shared(linear, hidden, inter, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), wrong.as<unsigned long long>(), stream);
+  sm90::verify_moe_shared(linear, hidden, inter, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(),
+                          wrong.as<unsigned long long>(), stream);
   gpu::copy_to_host(&e.wrong_weights, wrong.data(), 8, stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));
   return e;
@@ -115,24 +120,37 @@ struct ExpertSet {
   DeviceBuffer codes[3], sf[3], globals;  // w1, w3, w2
   DeviceBuffer fc1, fc2, alpha;
   std::vector<float> host_globals;
-  unsigned long long wrong_weights = 0;   // that decode to another value than the linear form
-  SharedExpert shared;                    // used by tiers with shared_inter
+  unsigned long long wrong_weights = 0;  // that decode to another value than the linear form
+  SharedExpert shared;                   // used by tiers with shared_inter
 
   LinearExperts linear() const {
-    return {codes[0].as<uint8_t>(), codes[1].as<uint8_t>(), codes[2].as<uint8_t>(), sf[0].as<uint8_t>(), sf[1].as<uint8_t>(),
-            sf[2].as<uint8_t>(), globals.as<float>(), shape.hidden, shape.inter, shape.experts, shape.topk};
+    return {codes[0].as<uint8_t>(),
+            codes[1].as<uint8_t>(),
+            codes[2].as<uint8_t>(),
+            sf[0].as<uint8_t>(),
+            sf[1].as<uint8_t>(),
+            sf[2].as<uint8_t>(),
+            globals.as<float>(),
+            shape.hidden,
+            shape.inter,
+            shape.experts,
+            shape.topk};
   }
   sm90::MoeExperts packed() const { return {fc1.as<uint8_t>(), fc2.as<uint8_t>(), alpha.as<float>()}; }
   sm90::MoeLinearExpert expert(int e) const {
     const int64_t per = int64_t(shape.hidden) * shape.inter;
     const auto matrix = [&](int i) {
-      return sm90::MoeLinearMatrix{codes[i].as<uint8_t>() + e * per / 2, sf[i].as<uint8_t>() + e * per / 16, {host_globals[size_t(3 * e + i)]}};
+      return sm90::MoeLinearMatrix{
+          codes[i].as<uint8_t>() + e * per / 2, sf[i].as<uint8_t>() + e * per / 16, {host_globals[size_t(3 * e + i)]}};
     };
     return {matrix(0), matrix(1), matrix(2)};
   }
 };
 
-enum class ScaleRange { kMiddle, kAll };  // 24 codes from 32 to 240, one global for all; every finite code, three globals per expert
+enum class ScaleRange {
+  kMiddle,
+  kAll
+};  // 24 codes from 32 to 240, one global for all; every finite code, three globals per expert
 
 inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange range, cudaStream_t stream) {
   ExpertSet set;
@@ -142,7 +160,8 @@ inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange 
   for (int i = 0; i < 3; ++i) {
     set.codes[i] = DeviceBuffer(n / 2), set.sf[i] = DeviceBuffer(n / 16);
     fill_random_bytes<<<1024, 256, 0, stream>>>(set.codes[i].as<uint8_t>(), n / 2, seed + i);
-    fill_random_codes<<<1024, 256, 0, stream>>>(set.sf[i].as<uint8_t>(), n / 16, all ? 0 : 0x60, all ? 127 : 24, seed + 3 + i);
+    fill_random_codes<<<1024, 256, 0, stream>>>(set.sf[i].as<uint8_t>(), n / 16, all ? 0 : 0x60, all ? 127 : 24,
+                                                seed + 3 + i);
   }
   const float rms = (all ? 90.0f : 130.0f) * 3.0f;  // of e2m1 * sf
   for (int e = 0; e < shape.experts; ++e) {
@@ -159,9 +178,10 @@ inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange 
   DeviceBuffer wrong(8);
   gpu::fill(wrong.data(), 0, 8, stream);
   for (int e = 0; e < shape.experts; ++e) {
-    sm90::pack_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(), set.alpha.as<float>(), stream);
-    sm90::verify_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(), set.alpha.as<float>(),
-                            wrong.as<unsigned long long>(), stream);
+    sm90::pack_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(),
+                          set.alpha.as<float>(), stream);
+    sm90::verify_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(),
+                            set.alpha.as<float>(), wrong.as<unsigned long long>(), stream);
   }
   gpu::copy_to_host(&set.wrong_weights, wrong.data(), 8, stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));
@@ -202,7 +222,8 @@ struct Layer {  // inputs and output of one call
   std::vector<float> host_rho;
   int64_t tokens = 0;
 };
-inline Layer make_layer(const CaseShape& s, std::vector<int32_t> idx, int64_t tokens, uint64_t seed, bool shared_y, cudaStream_t stream) {
+inline Layer make_layer(const CaseShape& s, std::vector<int32_t> idx, int64_t tokens, uint64_t seed, bool shared_y,
+                        cudaStream_t stream) {
   Layer l;
   l.tokens = tokens;
   l.host_idx = std::move(idx);
@@ -224,7 +245,8 @@ inline Layer make_layer(const CaseShape& s, std::vector<int32_t> idx, int64_t to
   DSV4_CUDA(cudaStreamSynchronize(stream));
   return l;
 }
-inline Layer make_layer(const CaseShape& s, int64_t tokens, Routing kind, uint64_t seed, bool shared_y, cudaStream_t stream) {
+inline Layer make_layer(const CaseShape& s, int64_t tokens, Routing kind, uint64_t seed, bool shared_y,
+                        cudaStream_t stream) {
   return make_layer(s, make_routing(s, tokens, kind, seed), tokens, seed, shared_y, stream);
 }
 
@@ -259,7 +281,8 @@ inline bool tier_can_run(const CaseShape& s, int64_t tokens, const Tier& tier) {
   return tier.name != "stream" || (tier.act == ActFormat::kBf16 && tokens * s.topk <= sm90::kStreamMaxSlots);
 }
 
-inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tier& tier, const DeviceBuffer& workspace) {
+inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tier& tier,
+                             const DeviceBuffer& workspace) {
   MoeGpuArgs args{};
   args.experts = experts.packed();
   args.shape = experts.shape.kernel_shape();
@@ -276,7 +299,8 @@ inline MoeGpuArgs layer_args(const ExpertSet& experts, const Layer& l, const Tie
   args.workspace_bytes = workspace.bytes();
   return args;
 }
-inline void run_layer(const ExpertSet& experts, const Layer& l, const Tier& tier, const MoePlan& plan, const DeviceBuffer& workspace, cudaStream_t stream) {
+inline void run_layer(const ExpertSet& experts, const Layer& l, const Tier& tier, const MoePlan& plan,
+                      const DeviceBuffer& workspace, cudaStream_t stream) {
   moe_gpu(layer_args(experts, l, tier, workspace), plan, stream);
 }
 

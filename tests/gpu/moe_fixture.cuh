@@ -65,7 +65,8 @@ class MoeGpu : public ::testing::Test {
   // Every element of every sampled token (none given: all) inside its bounds.
   void expect_inside(const DeviceBuffer& y, const Reference& reference) {
     const Comparison c = compare(y.as<bf16>(), reference, experts.shape.hidden, stream().get());
-    EXPECT_EQ(c.outside, 0u) << "elements outside their bounds (moe_reference.cuh); relative error " << c.relative << ", bound " << c.width;
+    EXPECT_EQ(c.outside, 0u) << "elements outside their bounds (moe_reference.cuh); relative error " << c.relative
+                             << ", bound " << c.width;
     Worst& worst = worst_of[reference.act == ActFormat::kNvfp4];
     worst = {std::max(worst.relative, c.relative), std::max(worst.width, c.width)};
   }
@@ -76,7 +77,8 @@ class MoeGpu : public ::testing::Test {
 
   // Twice, on workspaces of their own: right, and the same bits.
   void expect_right(const Layer& l, const Tier& tier, const Reference& reference) {
-    SCOPED_TRACE(::testing::Message() << experts.shape.name << ", " << tier.name << (tier.act == ActFormat::kNvfp4 ? " a4" : " a16") << ", " << l.tokens
+    SCOPED_TRACE(::testing::Message() << experts.shape.name << ", " << tier.name
+                                      << (tier.act == ActFormat::kNvfp4 ? " a4" : " a16") << ", " << l.tokens
                                       << " tokens");
     const DeviceBuffer y = run(l, tier);
     expect_inside(y, reference);
@@ -94,7 +96,8 @@ class MoeGpu : public ::testing::Test {
   void TearDown() override {
     for (const int a4 : {0, 1})
       if (worst_of[a4].width > 0)
-        printf("  %s: largest relative error %.2e, largest relative bound %.2e\n", a4 ? "a4" : "a16", worst_of[a4].relative, worst_of[a4].width);
+        printf("  %s: largest relative error %.2e, largest relative bound %.2e\n", a4 ? "a4" : "a16",
+               worst_of[a4].relative, worst_of[a4].width);
   }
 
   const gpu::Stream& stream() {  // made late: without a GPU there is none

@@ -27,7 +27,9 @@ TEST(MoePlan, FlashChoicesByTokens) {
 }
 
 TEST(MoePlan, PrintsWhatItChoseAndForWhatWorkload) {
-  const auto text = [](int64_t tokens, ActFormat act = ActFormat::kBf16) { return plan_moe(flash(tokens, act)).to_string(); };
+  const auto text = [](int64_t tokens, ActFormat act = ActFormat::kBf16) {
+    return plan_moe(flash(tokens, act)).to_string();
+  };
   EXPECT_EQ(text(2).rfind("ring (one to three tokens: latency): 132 CTAs", 0), 0u) << text(2);
   EXPECT_EQ(text(8).rfind("stream (decode batches: bandwidth): 132 CTAs", 0), 0u) << text(8);
   EXPECT_EQ(text(4096).rfind("tiled (prefill", 0), 0u) << text(4096);
@@ -107,7 +109,8 @@ TEST(MoeLayout, CodeBitsArePermutedWithoutLoss) {
   for (int k = 0; k < 64; ++k) EXPECT_EQ(moe_source_column(moe_kernel_column(k)), k);
   for (int code = 1; code < 127; ++code) {  // ue5m3 of every non-zero ue4m3
     const int packed = moe_pack_sf(static_cast<uint8_t>(code));
-    EXPECT_EQ(std::ldexp(1.0f + (packed & 7) / 8.0f, (packed >> 3) - 21), decode_ue4m3(static_cast<uint8_t>(code))) << code;
+    EXPECT_EQ(std::ldexp(1.0f + (packed & 7) / 8.0f, (packed >> 3) - 21), decode_ue4m3(static_cast<uint8_t>(code)))
+        << code;
   }
 }
 

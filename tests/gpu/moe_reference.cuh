@@ -122,7 +122,8 @@ struct Bounds {
 };
 
 // x as the operand of fc1: binary32, in a4 quantised and decoded without the global. blockIdx.x: i.
-__global__ inline void reference_x(const bf16* x, const int32_t* token_of, int cols, bool a4, float* out, float* globals) {
+__global__ inline void reference_x(const bf16* x, const int32_t* token_of, int cols, bool a4, float* out,
+                                   float* globals) {
   const bf16* row = x + int64_t(token_of[blockIdx.x]) * cols;
   float* target = out + int64_t(blockIdx.x) * cols;
   if (!a4) {
@@ -142,7 +143,8 @@ __global__ inline void reference_x(const bf16* x, const int32_t* token_of, int c
     float v[16];
     for (int j = 0; j < 16; ++j) v[j] = decode_bf16(row[g * 16 + j]);
     const Nvfp4Group q = encode_nvfp4_runtime_group(v, global, nvfp4_rcp6(global));
-    for (int j = 0; j < 16; ++j) target[g * 16 + j] = decode_e2m1((q.codes[j / 2] >> (j % 2 * 4)) & 0xf) * decode_ue4m3(q.sf);
+    for (int j = 0; j < 16; ++j)
+      target[g * 16 + j] = decode_e2m1((q.codes[j / 2] >> (j % 2 * 4)) & 0xf) * decode_ue4m3(q.sf);
   }
 }
 
@@ -151,14 +153,17 @@ struct ReferenceSlots {  // num_topk = 1 and no topk_idx: the shared expert
   const int32_t* topk_idx;  // of all tokens
   const float* rho;
   int num_topk;
-  __device__ int64_t index(int64_t slot) const { return int64_t(token_of[slot / num_topk]) * num_topk + slot % num_topk; }
+  __device__ int64_t index(int64_t slot) const {
+    return int64_t(token_of[slot / num_topk]) * num_topk + slot % num_topk;
+  }
   __device__ int expert(int64_t slot) const { return topk_idx ? topk_idx[index(slot)] : 0; }
   __device__ float weight(int64_t slot) const { return rho ? rho[index(slot)] : 1.0f; }
 };
 
 // blockIdx.x: slot; a warp per h column.
 template <class Weights>
-__global__ void reference_fc1(Weights w, ReferenceSlots slots, const float* x, const float* x_global, int hidden, float limit, Bounds h) {
+__global__ void reference_fc1(Weights w, ReferenceSlots slots, const float* x, const float* x_global, int hidden,
+                              float limit, Bounds h) {
   const int64_t slot = blockIdx.x, i = slot / slots.num_topk;
   const int e = slots.expert(slot), inter = w.inter();
   for (int c = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32; c < inter; c += gridDim.y * (blockDim.x / 32)) {
@@ -169,7 +174,8 @@ __global__ void reference_fc1(Weights w, ReferenceSlots slots, const float* x, c
         const Sum s = dot_row(x + i * hidden, nullptr, w.row(which, e, c), hidden);
         const double scale = double(x_global[i]) * w.global(which, e), off = sum_error(s, hidden) * scale;
         nominal[which] = round_bf16(float(s.value * scale));
-        ends[which][0] = round_bf16(float(s.value * scale - off)), ends[which][1] = round_bf16(float(s.value * scale + off));
+        ends[which][0] = round_bf16(float(s.value * scale - off)),
+        ends[which][1] = round_bf16(float(s.value * scale + off));
       }
       const float rho = slots.weight(slot);
       value = low = high = swiglu(nominal[0], nominal[1], rho, limit);
@@ -178,7 +184,8 @@ __global__ void reference_fc1(Weights w, ReferenceSlots slots, const float* x, c
         low = fminf(low, v), high = fmaxf(high, v);
       }
     }
-    if (threadIdx.x % 32 == 0) h.value[slot * inter + c] = value, h.low[slot * inter + c] = low, h.high[slot * inter + c] = high;
+    if (threadIdx.x % 32 == 0)
+      h.value[slot * inter + c] = value, h.low[slot * inter + c] = low, h.high[slot * inter + c] = high;
   }
 }
 
@@ -226,8 +233,11 @@ __global__ inline void reference_h(Bounds h, int cols, bool a4, float* operand, 
         for (int sf = first; sf <= last; ++sf)
           for (int corner = 0; corner < 8; ++corner) {
             const float v = corner & 1 ? high[g * 16 + j] : low[g * 16 + j];
-            const float code = decode_e2m1(encode_e2m1(v * nvfp4_runtime_multiplier(static_cast<uint8_t>(sf), ends[corner >> 1 & 1])));
-            off = fmaxf(off, fabsf(code * decode_ue4m3(static_cast<uint8_t>(sf)) * (ends[corner >> 2].value / global.value) - nominal));
+            const float code =
+                decode_e2m1(encode_e2m1(v * nvfp4_runtime_multiplier(static_cast<uint8_t>(sf), ends[corner >> 1 & 1])));
+            off = fmaxf(off,
+                        fabsf(code * decode_ue4m3(static_cast<uint8_t>(sf)) * (ends[corner >> 2].value / global.value) -
+                              nominal));
           }
       operand[at + g * 16 + j] = nominal;
       spread[at + g * 16 + j] = off;
@@ -237,7 +247,8 @@ __global__ inline void reference_h(Bounds h, int cols, bool a4, float* operand, 
 
 // blockIdx.x: slot; a warp per output column.
 template <class Weights>
-__global__ void reference_fc2(Weights w, ReferenceSlots slots, const float* h, const float* spread, const float* h_global, int hidden, Bounds y) {
+__global__ void reference_fc2(Weights w, ReferenceSlots slots, const float* h, const float* spread,
+                              const float* h_global, int hidden, Bounds y) {
   const int64_t slot = blockIdx.x;
   const int e = slots.expert(slot), inter = w.inter();
   for (int c = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32; c < hidden; c += gridDim.y * (blockDim.x / 32)) {
@@ -248,12 +259,14 @@ __global__ void reference_fc2(Weights w, ReferenceSlots slots, const float* h, c
       value = round_bf16(float(s.value * scale));
       low = round_bf16(float(s.value * scale - off)), high = round_bf16(float(s.value * scale + off));
     }
-    if (threadIdx.x % 32 == 0) y.value[slot * hidden + c] = value, y.low[slot * hidden + c] = low, y.high[slot * hidden + c] = high;
+    if (threadIdx.x % 32 == 0)
+      y.value[slot * hidden + c] = value, y.low[slot * hidden + c] = low, y.high[slot * hidden + c] = high;
   }
 }
 
 // blockIdx.x: i. Slots in order of expert id (the order does not matter to the bounds), then the shared part.
-__global__ inline void reference_combine(ReferenceSlots slots, int num_experts, int hidden, Bounds slot_y, const bf16* shared_y, Bounds shared, Bounds y) {
+__global__ inline void reference_combine(ReferenceSlots slots, int num_experts, int hidden, Bounds slot_y,
+                                         const bf16* shared_y, Bounds shared, Bounds y) {
   const int64_t i = blockIdx.x, token = slots.token_of[i];
   for (int c = threadIdx.x; c < hidden; c += blockDim.x) {
     float value = 0;
@@ -286,14 +299,18 @@ struct ComparisonSums {
   unsigned long long outside;
 };
 template <class T>
-__global__ void compare_with_bounds(const T* y, const int32_t* token_of, int64_t count, int hidden, Bounds bounds, ComparisonSums* sums) {
+__global__ void compare_with_bounds(const T* y, const int32_t* token_of, int64_t count, int hidden, Bounds bounds,
+                                    ComparisonSums* sums) {
   double e = 0, r = 0, w = 0;
   unsigned long long outside = 0;
-  for (int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; at < count * hidden; at += int64_t(gridDim.x) * blockDim.x) {
+  for (int64_t at = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; at < count * hidden;
+       at += int64_t(gridDim.x) * blockDim.x) {
     const int64_t from = int64_t(token_of[at / hidden]) * hidden + at % hidden;
     float v;
-    if constexpr (sizeof(T) == 2) v = decode_bf16(y[from]);
-    else v = y[from];
+    if constexpr (sizeof(T) == 2)
+      v = decode_bf16(y[from]);
+    else
+      v = y[from];
     const double value = bounds.value[at], half = (double(bounds.high[at]) - bounds.low[at]) / 2;
     if (!(v >= bounds.low[at] && v <= bounds.high[at])) ++outside;
     e += (v - value) * (v - value), r += value * value, w += half * half;
@@ -303,9 +320,11 @@ __global__ void compare_with_bounds(const T* y, const int32_t* token_of, int64_t
   atomicAdd(&sums->width, w);
   if (outside) atomicAdd(&sums->outside, outside);
 }
-__global__ inline void count_differences(const uint16_t* a, const uint16_t* b, int64_t n, unsigned long long* different) {
+__global__ inline void count_differences(const uint16_t* a, const uint16_t* b, int64_t n,
+                                         unsigned long long* different) {
   unsigned long long d = 0;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) d += a[i] != b[i];
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x)
+    d += a[i] != b[i];
   if (d) atomicAdd(different, d);
 }
 
@@ -322,26 +341,29 @@ struct Reference {
   ActFormat act;
   std::vector<int32_t> tokens;  // sampled
   DeviceBuffer token_of;
-  BoundsBuffer y;               // [sampled, hidden]
+  BoundsBuffer y;  // [sampled, hidden]
 };
 
 template <class Weights>
-BoundsBuffer reference_experts(const Weights& weights, const ReferenceSlots& slots, const float* x, const float* x_global, int64_t num_slots,
-                               int hidden, int inter, float limit, bool a4, cudaStream_t stream) {
+BoundsBuffer reference_experts(const Weights& weights, const ReferenceSlots& slots, const float* x,
+                               const float* x_global, int64_t num_slots, int hidden, int inter, float limit, bool a4,
+                               cudaStream_t stream) {
   BoundsBuffer h(num_slots * inter), y(num_slots * hidden);
   DeviceBuffer operand(num_slots * inter * 4), spread(num_slots * inter * 4), globals(num_slots * 4);
   const unsigned blocks = static_cast<unsigned>(num_slots);
   reference_fc1<<<dim3(blocks, 16), 256, 0, stream>>>(weights, slots, x, x_global, hidden, limit, h.view());
-  reference_h<<<blocks, 256, 0, stream>>>(h.view(), inter, a4, operand.as<float>(), spread.as<float>(), globals.as<float>());
-  reference_fc2<<<dim3(blocks, 16), 256, 0, stream>>>(weights, slots, operand.as<float>(), spread.as<float>(), globals.as<float>(), hidden, y.view());
+  reference_h<<<blocks, 256, 0, stream>>>(h.view(), inter, a4, operand.as<float>(), spread.as<float>(),
+                                          globals.as<float>());
+  reference_fc2<<<dim3(blocks, 16), 256, 0, stream>>>(weights, slots, operand.as<float>(), spread.as<float>(),
+                                                      globals.as<float>(), hidden, y.view());
   DSV4_CUDA(cudaGetLastError());
   DSV4_CUDA(cudaStreamSynchronize(stream));  // before the buffers go
   return y;
 }
 
 // tokens: which to compute; empty: all.
-inline Reference make_reference(const LinearExperts& w, const Layer& l, ActFormat act, cudaStream_t stream, std::vector<int32_t> tokens = {},
-                                const Fp8Weights* shared = nullptr) {
+inline Reference make_reference(const LinearExperts& w, const Layer& l, ActFormat act, cudaStream_t stream,
+                                std::vector<int32_t> tokens = {}, const Fp8Weights* shared = nullptr) {
   Reference r;
   r.act = act;
   if (tokens.empty())
@@ -354,19 +376,22 @@ inline Reference make_reference(const LinearExperts& w, const Layer& l, ActForma
   r.y = BoundsBuffer(n * w.hidden);
   DeviceBuffer x(n * w.hidden * 4), x_global(n * 4);
   const auto load_x = [&](bool quantise) {
-    reference_x<<<unsigned(n), 256, 0, stream>>>(l.x.as<bf16>(), r.token_of.as<int32_t>(), w.hidden, quantise, x.as<float>(), x_global.as<float>());
+    reference_x<<<unsigned(n), 256, 0, stream>>>(l.x.as<bf16>(), r.token_of.as<int32_t>(), w.hidden, quantise,
+                                                 x.as<float>(), x_global.as<float>());
   };
   BoundsBuffer shared_y;
   if (shared) {  // always a16
     load_x(false);
     const ReferenceSlots slots{r.token_of.as<int32_t>(), nullptr, nullptr, 1};
-    shared_y = reference_experts(*shared, slots, x.as<float>(), x_global.as<float>(), n, w.hidden, shared->shared_inter, 10.0f, false, stream);
+    shared_y = reference_experts(*shared, slots, x.as<float>(), x_global.as<float>(), n, w.hidden, shared->shared_inter,
+                                 10.0f, false, stream);
   }
   load_x(a4);
   const ReferenceSlots slots{r.token_of.as<int32_t>(), l.idx.as<int32_t>(), l.rho.as<float>(), w.num_topk};
-  const BoundsBuffer slot_y = reference_experts(Nvfp4Weights{w}, slots, x.as<float>(), x_global.as<float>(), n * w.num_topk, w.hidden, w.inter,
-                                                10.0f, a4, stream);
-  reference_combine<<<unsigned(n), 256, 0, stream>>>(slots, w.num_experts, w.hidden, slot_y.view(), l.shared_y.as<bf16>(), shared_y.view(), r.y.view());
+  const BoundsBuffer slot_y = reference_experts(Nvfp4Weights{w}, slots, x.as<float>(), x_global.as<float>(),
+                                                n * w.num_topk, w.hidden, w.inter, 10.0f, a4, stream);
+  reference_combine<<<unsigned(n), 256, 0, stream>>>(slots, w.num_experts, w.hidden, slot_y.view(),
+                                                     l.shared_y.as<bf16>(), shared_y.view(), r.y.view());
   DSV4_CUDA(cudaGetLastError());
   DSV4_CUDA(cudaStreamSynchronize(stream));
   return r;
@@ -380,7 +405,8 @@ template <class T>  // bf16 or float, [tokens, hidden] of the whole layer, devic
 Comparison compare(const T* y, const Reference& r, int hidden, cudaStream_t stream) {
   DeviceBuffer sums(sizeof(ComparisonSums));
   gpu::fill(sums.data(), 0, sums.bytes(), stream);
-  compare_with_bounds<<<256, 256, 0, stream>>>(y, r.token_of.as<int32_t>(), static_cast<int64_t>(r.tokens.size()), hidden, r.y.view(), sums.as<ComparisonSums>());
+  compare_with_bounds<<<256, 256, 0, stream>>>(y, r.token_of.as<int32_t>(), static_cast<int64_t>(r.tokens.size()),
+                                               hidden, r.y.view(), sums.as<ComparisonSums>());
   ComparisonSums host;
   gpu::copy_to_host(&host, sums.data(), sums.bytes(), stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));
@@ -391,7 +417,8 @@ Comparison compare(const T* y, const Reference& r, int hidden, cudaStream_t stre
 inline unsigned long long differences(const void* a, const void* b, int64_t n, cudaStream_t stream) {
   DeviceBuffer count(8);
   gpu::fill(count.data(), 0, 8, stream);
-  count_differences<<<256, 256, 0, stream>>>(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), n, count.as<unsigned long long>());
+  count_differences<<<256, 256, 0, stream>>>(static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), n,
+                                             count.as<unsigned long long>());
   unsigned long long host;
   gpu::copy_to_host(&host, count.data(), 8, stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));

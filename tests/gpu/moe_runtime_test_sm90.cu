@@ -66,7 +66,8 @@ TEST_F(MoeRuntime, BesideAKernelThatHoldsSms) {
       const DeviceBuffer alone = run(l, base);
       Tier reserved = base;
       reserved.reserved_sms = kHeld;
-      const MoePlan plan = make_plan(experts.shape, tokens, base), small_plan = make_plan(experts.shape, tokens, reserved);
+      const MoePlan plan = make_plan(experts.shape, tokens, base),
+                    small_plan = make_plan(experts.shape, tokens, reserved);
       DeviceBuffer workspace(plan.workspace_bytes), y(l.y.bytes()), y_reserved(l.y.bytes());
       init_moe_workspace(workspace.data(), plan_input(experts.shape, tokens, base), stream().get());
       gpu::fill(y.data(), 0xff, y.bytes(), stream().get());
@@ -172,7 +173,8 @@ __global__ void wait_for_ever(const uint32_t* flag) {
 TEST(MoeSpin, ATimeOutNamesWhatItWaitedFor) {
   if (gpu::find_devices().devices.empty()) GTEST_SKIP() << "no GPU: " << gpu::find_devices().absence;
   GTEST_FLAG_SET(death_test_style, "threadsafe");
-  EXPECT_EXIT(time_out(), ::testing::ExitedWithCode(42), "timed out waiting for a flag nobody sets \\(7, 11\\): block [0-2] thread 3");
+  EXPECT_EXIT(time_out(), ::testing::ExitedWithCode(42),
+              "timed out waiting for a flag nobody sets \\(7, 11\\): block [0-2] thread 3");
 }
 
 }  // namespace

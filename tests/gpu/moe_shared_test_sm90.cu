@@ -6,7 +6,8 @@ namespace {
 
 class MoeShared : public MoeGpu {
  protected:
-  void expect_right_with_shared(int64_t tokens, int inter, Routing routing = Routing::kUniform, std::vector<int32_t> sample = {}) {
+  void expect_right_with_shared(int64_t tokens, int inter, Routing routing = Routing::kUniform,
+                                std::vector<int32_t> sample = {}) {
     SCOPED_TRACE(::testing::Message() << "shared inter " << inter << ", " << kRoutingNames[int(routing)]);
     use_shared(inter);
     const Layer l = layer(tokens, routing, false);
@@ -22,16 +23,19 @@ class MoeShared : public MoeGpu {
 
 TEST_F(MoeShared, EveryKernelSize) {
   use(*find_case_shape("odd"));
-  for (const int64_t tokens : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 257, 512}) expect_right_with_shared(tokens, 192);
+  for (const int64_t tokens : {1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 257, 512})
+    expect_right_with_shared(tokens, 192);
 }
 
 // Every count of token rows in its last chunk (8 a chunk in the ring tier, 32 in the streaming one), and more chunks of it than
 // there are CTAs, alone or between routed tasks.
 TEST_F(MoeShared, EveryTokenCountInOneLaunch) {
   use(*find_case_shape("small"));
-  for (int64_t tokens = 1; tokens <= 70; ++tokens) expect_right_with_shared(tokens, tokens % 2 ? 64 : 192, tokens % 3 ? Routing::kHoles : Routing::kUniform);
+  for (int64_t tokens = 1; tokens <= 70; ++tokens)
+    expect_right_with_shared(tokens, tokens % 2 ? 64 : 192, tokens % 3 ? Routing::kHoles : Routing::kUniform);
   use({"many chunks", 128, 64, 3, 1});
-  for (const Routing routing : {Routing::kNone, Routing::kOneExpert, Routing::kUniform}) expect_right_with_shared(1000, 320, routing);
+  for (const Routing routing : {Routing::kNone, Routing::kOneExpert, Routing::kUniform})
+    expect_right_with_shared(1000, 320, routing);
 }
 
 // Two CTAs do what all do elsewhere, so every ring of every tier wraps; small enough for the sanitizers.
@@ -41,7 +45,8 @@ TEST_F(MoeShared, FewCtasWrapTheRings) {
   const Layer l = layer(12, Routing::kUniform, false);
   for (const int inter : {0, 192}) {
     const Reference reference = reference_of(l, ActFormat::kBf16, inter > 0);
-    for (const char* name : {"ring", "stream", "tiled"}) expect_right(l, {name, ActFormat::kBf16, num_sms - 2, inter}, reference);
+    for (const char* name : {"ring", "stream", "tiled"})
+      expect_right(l, {name, ActFormat::kBf16, num_sms - 2, inter}, reference);
   }
 }
 
@@ -56,7 +61,8 @@ TEST_F(MoeShared, SmallShapeBeforeTheRoutedExperts) {
 }
 
 TEST_F(MoeShared, OddShapes) {
-  for (const CaseShape& s : {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("demo"), *find_case_shape("wide"), CaseShape{"flat", 2112, 64, 4, 2}}) {
+  for (const CaseShape& s : {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("demo"), *find_case_shape("wide"),
+                             CaseShape{"flat", 2112, 64, 4, 2}}) {
     use(s);
     for (const int inter : {64, 448, 1984})
       for (const int64_t tokens : {3, 150}) expect_right_with_shared(tokens, inter);
@@ -89,7 +95,8 @@ TEST_F(MoeShared, ScalesThatAreNoPowersOfTwoAreFound) {
   gpu::fill(wrong.data(), 0, 8, stream().get());
   sm90::pack_moe_shared(linear, 64, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), stream().get());
   // alone in its matrix a scale becomes alpha and is exact; two that are no powers of two apart are not
-  sm90::verify_moe_shared(linear, 64, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), wrong.as<unsigned long long>(), stream().get());
+  sm90::verify_moe_shared(linear, 64, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(),
+                          wrong.as<unsigned long long>(), stream().get());
   unsigned long long count = 1;
   gpu::copy_to_host(&count, wrong.data(), 8, stream().get());
   stream().synchronize();
@@ -101,7 +108,8 @@ TEST_F(MoeShared, ScalesThatAreNoPowersOfTwoAreFound) {
   gpu::copy_to_device(experts.shared.scales[1].data(), scales, 8, stream().get());
   const sm90::MoeLinearShared two{matrix(0), matrix(1), matrix(2)};
   sm90::pack_moe_shared(two, 256, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), stream().get());
-  sm90::verify_moe_shared(two, 256, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(), wrong.as<unsigned long long>(), stream().get());
+  sm90::verify_moe_shared(two, 256, 64, e.fc1.as<uint8_t>(), e.fc2.as<uint8_t>(), e.alpha.as<float>(),
+                          wrong.as<unsigned long long>(), stream().get());
   gpu::copy_to_host(&count, wrong.data(), 8, stream().get());
   stream().synchronize();
   EXPECT_GT(count, 0u);

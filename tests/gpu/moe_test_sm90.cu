@@ -10,16 +10,19 @@ namespace dsv4::testing {
 namespace {
 
 TEST_F(MoeGpu, MatchesReferenceOnOddShapes) {
-  for (const CaseShape& s : {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("odd"), *find_case_shape("demo"), *find_case_shape("wide"),
-                             CaseShape{"192", 192, 448, 5, 5}, CaseShape{"tall", 64, 1984, 4, 2}, CaseShape{"flat", 2112, 64, 4, 2}}) {
+  for (const CaseShape& s :
+       {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("odd"), *find_case_shape("demo"), *find_case_shape("wide"),
+        CaseShape{"192", 192, 448, 5, 5}, CaseShape{"tall", 64, 1984, 4, 2}, CaseShape{"flat", 2112, 64, 4, 2}}) {
     use(s);
-    for (const int64_t tokens : {1, 2, 3, 5, 33, 150}) expect_right_everywhere(layer(tokens, Routing::kUniform, tokens % 2 == 1));
+    for (const int64_t tokens : {1, 2, 3, 5, 33, 150})
+      expect_right_everywhere(layer(tokens, Routing::kUniform, tokens % 2 == 1));
   }
 }
 
 TEST_F(MoeGpu, EveryTokenCountUpTo130) {
   use(*find_case_shape("small"));
-  for (int64_t tokens = 1; tokens <= 130; ++tokens) expect_right_everywhere(layer(tokens, Routing::kZipf, tokens % 2 == 1));
+  for (int64_t tokens = 1; tokens <= 130; ++tokens)
+    expect_right_everywhere(layer(tokens, Routing::kZipf, tokens % 2 == 1));
 }
 
 TEST_F(MoeGpu, AllTokensOnOneExpertAndEmptyExperts) {
@@ -65,8 +68,8 @@ TEST_F(MoeGpu, GlobalsOfEveryMatrixAreItsOwn) {
     experts.host_globals[3 * e] *= e % 2 ? 0.125f : 3.0f;
     experts.host_globals[3 * e + 1] *= e % 3 ? 1.7f : 0.03f;
     experts.host_globals[3 * e + 2] *= 1.0f + 0.37f * e;
-    sm90::pack_moe_expert(experts.expert(e), experts.shape.hidden, experts.shape.inter, e, experts.fc1.as<uint8_t>(), experts.fc2.as<uint8_t>(),
-                          experts.alpha.as<float>(), stream().get());
+    sm90::pack_moe_expert(experts.expert(e), experts.shape.hidden, experts.shape.inter, e, experts.fc1.as<uint8_t>(),
+                          experts.fc2.as<uint8_t>(), experts.alpha.as<float>(), stream().get());
   }
   gpu::copy_to_device(experts.globals.data(), experts.host_globals.data(), experts.globals.bytes(), stream().get());
   for (const int64_t tokens : {4, 90}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));
@@ -108,9 +111,10 @@ TEST_F(MoeGpu, RandomCases) {
   use(*find_case_shape("small"));
   use_shared(kSharedInter);
   const CaseShape& s = experts.shape;
-  DeviceBuffer workspace(std::max({make_plan(s, kMaxTokens, {"ring", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
-                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
-                                   make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4, 0, kSharedInter}).workspace_bytes}));
+  DeviceBuffer workspace(
+      std::max({make_plan(s, kMaxTokens, {"ring", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
+                make_plan(s, kMaxTokens, {"tiled", ActFormat::kBf16, 0, kSharedInter}).workspace_bytes,
+                make_plan(s, kMaxTokens, {"tiled", ActFormat::kNvfp4, 0, kSharedInter}).workspace_bytes}));
   gpu::fill(workspace.data(), 0xff, workspace.bytes(), stream().get());
   init_moe_workspace(workspace.data(), plan_input(s, kMaxTokens, {}), stream().get());
   int done = 0;
@@ -118,12 +122,14 @@ TEST_F(MoeGpu, RandomCases) {
     const uint64_t r = mix(done);
     const int64_t tokens = 1 + (r >> 8) % (r % 4 == 0 ? kMaxTokens : 24);
     const auto routing = static_cast<Routing>((r >> 40) % 6);
-    Tier tier = std::array{Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
+    Tier tier =
+        std::array{Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}[(r >> 50) % 4];
     if (done % 4 == 1) tier.shared_inter = kSharedInter;  // as weights; as output in every other case
     const Layer l = make_layer(s, tokens, routing, done, done % 2 == 0, stream().get());
-    SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)] << ", " << tier.name
-                                      << (tier.shared_inter > 0 ? ", shared expert" : ""));
-    expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace), reference_of(l, tier.act, tier.shared_inter > 0));
+    SCOPED_TRACE(::testing::Message() << "case " << done << ": " << tokens << " tokens, " << kRoutingNames[int(routing)]
+                                      << ", " << tier.name << (tier.shared_inter > 0 ? ", shared expert" : ""));
+    expect_inside(run(l, tier, make_plan(s, tokens, tier), workspace),
+                  reference_of(l, tier.act, tier.shared_inter > 0));
   }
   printf("  %d random cases\n", done);
 }

@@ -18,7 +18,8 @@
 namespace dsv4::testing {
 
 // One CTA, a thread per expert. Rows of one expert stand together in slot order. row_slot past the last row: -1.
-__global__ inline void unfused_route(const int32_t* topk_idx, int num_slots, int num_experts, int32_t* first_row, int32_t* row_slot) {
+__global__ inline void unfused_route(const int32_t* topk_idx, int num_slots, int num_experts, int32_t* first_row,
+                                     int32_t* row_slot) {
   for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
     int count = 0;
     for (int i = 0; i < num_slots; ++i) count += topk_idx[i] == e;
@@ -38,8 +39,8 @@ __global__ inline void unfused_route(const int32_t* topk_idx, int num_slots, int
   }
 }
 // What a row of the sorted order inherits: its token, routing weight, and the global of its token. blockIdx.x * 256 + thread: row.
-__global__ inline void unfused_rows(const int32_t* row_slot, int num_rows, int num_topk, const float* rho, const float* token_global,
-                                    int32_t* row_token, float* row_rho, float* row_global) {
+__global__ inline void unfused_rows(const int32_t* row_slot, int num_rows, int num_topk, const float* rho,
+                                    const float* token_global, int32_t* row_token, float* row_rho, float* row_global) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= num_rows) return;
   const int slot = row_slot[row];
@@ -53,15 +54,17 @@ __global__ inline void unfused_gather(const bf16* x, const int32_t* row_token, i
 }
 
 __device__ inline void unfused_mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // y[row, :] = bf16(w x * (alpha[e] * row_global[row])) for the rows of expert e = blockIdx.z. 128 threads: 64 weight rows
 // (blockIdx.x) times tiles of 64 token rows (blockIdx.y, striding). row_target: where a row goes, or nullptr: to itself.
-__global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const float* alpha, const bf16* x, const float* row_global,
-                                                           const int32_t* first_row, const int32_t* row_target, int rows, int cols, bf16* y) {
+__global__ inline void __launch_bounds__(128)
+    unfused_gemm(const bf16* w, const float* alpha, const bf16* x, const float* row_global, const int32_t* first_row,
+                 const int32_t* row_target, int rows, int cols, bf16* y) {
   __shared__ alignas(1024) uint8_t operand[64 * 128];
   const int e = blockIdx.z, thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int begin = first_row[e], end = first_row[e + 1];
@@ -79,7 +82,8 @@ __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const 
           const uint32_t a[4] = {low[at], high[at], low[at + 1], high[at + 1]};
 #pragma unroll
           for (int tile = 0; tile < 8; ++tile) {
-            const uint32_t* row = reinterpret_cast<const uint32_t*>(x + int64_t(min(first + tile * 8 + g, end - 1)) * cols) + at;
+            const uint32_t* row =
+                reinterpret_cast<const uint32_t*>(x + int64_t(min(first + tile * 8 + g, end - 1)) * cols) + at;
             unfused_mma(&sum[tile * 4], a, row[0], row[1]);
           }
         }
@@ -90,7 +94,8 @@ __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const 
         const int r = i / 8, chunk = i % 8;
         uint32_t v[4] = {};
         if (first + r < end)
-          for (int j = 0; j < 4; ++j) v[j] = reinterpret_cast<const uint32_t*>(x + int64_t(first + r) * cols + k)[8 * j + chunk];
+          for (int j = 0; j < 4; ++j)
+            v[j] = reinterpret_cast<const uint32_t*>(x + int64_t(first + r) * cols + k)[8 * j + chunk];
         *reinterpret_cast<uint4*>(operand + r * 128 + ((chunk ^ (r & 7)) << 4)) = make_uint4(v[0], v[1], v[2], v[3]);
       }
       sm90::fence_proxy_async_all();
@@ -100,7 +105,8 @@ __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const 
       for (int step = 0; step < 4; ++step) {
         const int at = k / 2 + 8 * t + 2 * step;
         const uint32_t a[4] = {low[at], high[at], low[at + 1], high[at + 1]};
-        const uint64_t descriptor = (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((address + step * 32) >> 4);
+        const uint64_t descriptor =
+            (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((address + step * 32) >> 4);
         sm90::Wgmma<64>::mma(sum, a, descriptor);
       }
       sm90::wgmma_commit();
@@ -112,13 +118,15 @@ __global__ inline void __launch_bounds__(128) unfused_gemm(const bf16* w, const 
         const int row = first + tile * 8 + 2 * t + (i & 1);
         if (row >= end) continue;
         const int64_t target = row_target ? row_target[row] : row;
-        y[target * rows + weight_row + (i >> 1) * 8] = encode_bf16(sum[tile * 4 + i] * (alpha[e * 3] * row_global[row]));
+        y[target * rows + weight_row + (i >> 1) * 8] =
+            encode_bf16(sum[tile * 4 + i] * (alpha[e * 3] * row_global[row]));
       }
   }
 }
 
 // A CTA per token: slots in order of expert id, then the shared part.
-__global__ inline void unfused_combine(const bf16* slot_y, const int32_t* topk_idx, int num_topk, int num_experts, int cols, const bf16* shared_y, bf16* y) {
+__global__ inline void unfused_combine(const bf16* slot_y, const int32_t* topk_idx, int num_topk, int num_experts,
+                                       int cols, const bf16* shared_y, bf16* y) {
   const int64_t token = blockIdx.x;
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
     float sum = 0.0f;
@@ -137,7 +145,8 @@ struct UnfusedResult {
   DeviceBuffer slot_y, y;
 };
 
-inline DeviceBuffer decode_weights(const uint8_t* codes, const uint8_t* sf, int64_t rows, int64_t cols, const GpuContext& context) {
+inline DeviceBuffer decode_weights(const uint8_t* codes, const uint8_t* sf, int64_t rows, int64_t cols,
+                                   const GpuContext& context) {
   DeviceBuffer out(rows * cols * 2);
   DequantizeArgs args{};
   args.codes = codes, args.sf = sf, args.y = out.data(), args.global_mode = GlobalMode::kOne;
@@ -146,7 +155,8 @@ inline DeviceBuffer decode_weights(const uint8_t* codes, const uint8_t* sf, int6
   return out;
 }
 
-inline UnfusedResult run_unfused(const ExpertSet& experts, const Layer& l, ActFormat act, float limit, cudaStream_t stream) {
+inline UnfusedResult run_unfused(const ExpertSet& experts, const Layer& l, ActFormat act, float limit,
+                                 cudaStream_t stream) {
   const CaseShape& s = experts.shape;
   const LinearExperts w = experts.linear();
   const bool a4 = act == ActFormat::kNvfp4;
@@ -154,25 +164,30 @@ inline UnfusedResult run_unfused(const ExpertSet& experts, const Layer& l, ActFo
   const GpuContext context{stream};
   UnfusedResult r;
   r.first_row = DeviceBuffer((s.experts + 1) * 4), r.row_slot = DeviceBuffer(slots * 4);
-  r.h = DeviceBuffer(int64_t(slots) * s.inter * 2), r.slot_y = DeviceBuffer(int64_t(slots) * s.hidden * 2), r.y = DeviceBuffer(l.tokens * s.hidden * 2);
-  unfused_route<<<1, 1024, 0, stream>>>(l.idx.as<int32_t>(), slots, s.experts, r.first_row.as<int32_t>(), r.row_slot.as<int32_t>());
+  r.h = DeviceBuffer(int64_t(slots) * s.inter * 2), r.slot_y = DeviceBuffer(int64_t(slots) * s.hidden * 2),
+  r.y = DeviceBuffer(l.tokens * s.hidden * 2);
+  unfused_route<<<1, 1024, 0, stream>>>(l.idx.as<int32_t>(), slots, s.experts, r.first_row.as<int32_t>(),
+                                        r.row_slot.as<int32_t>());
 
   // x: quantised per token (a4), then one row per slot
   DeviceBuffer x_codes(l.tokens * s.hidden / 2), x_sf(l.tokens * s.hidden / 16), x_global(l.tokens * 4);
   if (a4) {
     QuantizeArgs q{};
     q.x = l.x.data(), q.num_rows = l.tokens, q.cols = s.hidden, q.x_stride = s.hidden;
-    q.out.global_mode = GlobalMode::kComputeRow, q.out.codes = x_codes.as<uint8_t>(), q.out.sf = x_sf.as<uint8_t>(), q.out.row_global = x_global.as<float>();
+    q.out.global_mode = GlobalMode::kComputeRow, q.out.codes = x_codes.as<uint8_t>(), q.out.sf = x_sf.as<uint8_t>(),
+    q.out.row_global = x_global.as<float>();
     quantize_rows(q, context);
   }
   DeviceBuffer row_token(slots * 4), row_rho(slots * 4), row_global(slots * 4), x_rows(int64_t(slots) * s.hidden * 2);
-  unfused_rows<<<(slots + 255) / 256, 256, 0, stream>>>(r.row_slot.as<int32_t>(), slots, s.topk, l.rho.as<float>(), a4 ? x_global.as<float>() : nullptr,
-                                                       row_token.as<int32_t>(), row_rho.as<float>(), row_global.as<float>());
+  unfused_rows<<<(slots + 255) / 256, 256, 0, stream>>>(r.row_slot.as<int32_t>(), slots, s.topk, l.rho.as<float>(),
+                                                        a4 ? x_global.as<float>() : nullptr, row_token.as<int32_t>(),
+                                                        row_rho.as<float>(), row_global.as<float>());
   DeviceBuffer bad(4);
   gpu::fill(bad.data(), 0, 4, stream);
   if (a4) {
     DequantizeArgs d{};
-    d.codes = x_codes.as<uint8_t>(), d.sf = x_sf.as<uint8_t>(), d.rows = row_token.as<int32_t>(), d.bad_rows = bad.as<int32_t>(), d.y = x_rows.data();
+    d.codes = x_codes.as<uint8_t>(), d.sf = x_sf.as<uint8_t>(), d.rows = row_token.as<int32_t>(),
+    d.bad_rows = bad.as<int32_t>(), d.y = x_rows.data();
     d.global_mode = GlobalMode::kOne, d.num_rows = l.tokens, d.num_out = slots, d.cols = s.hidden;
     dequantize_rows(d, context);
   } else {
@@ -180,15 +195,17 @@ inline UnfusedResult run_unfused(const ExpertSet& experts, const Layer& l, ActFo
   }
 
   const int64_t inter_rows = int64_t(s.experts) * s.inter, hidden_rows = int64_t(s.experts) * s.hidden;
-  const DeviceBuffer w1 = decode_weights(w.w1, w.sf1, inter_rows, s.hidden, context), w3 = decode_weights(w.w3, w.sf3, inter_rows, s.hidden, context),
+  const DeviceBuffer w1 = decode_weights(w.w1, w.sf1, inter_rows, s.hidden, context),
+                     w3 = decode_weights(w.w3, w.sf3, inter_rows, s.hidden, context),
                      w2 = decode_weights(w.w2, w.sf2, hidden_rows, s.inter, context);
   DeviceBuffer gate(r.h.bytes()), up(r.h.bytes());
   gpu::fill(gate.data(), 0, gate.bytes(), stream);
   gpu::fill(up.data(), 0, up.bytes(), stream);
-  const auto gemm = [&](const DeviceBuffer& weights, int which, const DeviceBuffer& rows, const DeviceBuffer& scale, const int32_t* target, int out_cols,
-                        int in_cols, const DeviceBuffer& out) {
-    unfused_gemm<<<dim3(out_cols / 64, 8, s.experts), 128, 0, stream>>>(weights.as<bf16>(), w.globals + which, rows.as<bf16>(), scale.as<float>(),
-                                                                       r.first_row.as<int32_t>(), target, out_cols, in_cols, out.as<bf16>());
+  const auto gemm = [&](const DeviceBuffer& weights, int which, const DeviceBuffer& rows, const DeviceBuffer& scale,
+                        const int32_t* target, int out_cols, int in_cols, const DeviceBuffer& out) {
+    unfused_gemm<<<dim3(out_cols / 64, 8, s.experts), 128, 0, stream>>>(
+        weights.as<bf16>(), w.globals + which, rows.as<bf16>(), scale.as<float>(), r.first_row.as<int32_t>(), target,
+        out_cols, in_cols, out.as<bf16>());
   };
   gemm(w1, 0, x_rows, row_global, nullptr, s.inter, s.hidden, gate);
   gemm(w3, 1, x_rows, row_global, nullptr, s.inter, s.hidden, up);
@@ -213,8 +230,8 @@ inline UnfusedResult run_unfused(const ExpertSet& experts, const Layer& l, ActFo
     gpu::copy_to_device(r.h_global.data(), ones.data(), slots * 4, stream);
   }
   gemm(w2, 2, r.h, r.h_global, r.row_slot.as<int32_t>(), s.hidden, s.inter, r.slot_y);
-  unfused_combine<<<unsigned(l.tokens), 256, 0, stream>>>(r.slot_y.as<bf16>(), l.idx.as<int32_t>(), s.topk, s.experts, s.hidden, l.shared_y.as<bf16>(),
-                                                          r.y.as<bf16>());
+  unfused_combine<<<unsigned(l.tokens), 256, 0, stream>>>(r.slot_y.as<bf16>(), l.idx.as<int32_t>(), s.topk, s.experts,
+                                                          s.hidden, l.shared_y.as<bf16>(), r.y.as<bf16>());
   DSV4_CUDA(cudaGetLastError());
   DSV4_CUDA(cudaStreamSynchronize(stream));
   return r;

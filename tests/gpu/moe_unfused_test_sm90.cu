@@ -22,7 +22,8 @@ struct FusedH {
   std::vector<uint16_t> h;  // [slots, inter]
   std::vector<float> global;
 };
-FusedH read_fused_h(const CaseShape& s, const Layer& l, const Tier& tier, const DeviceBuffer& workspace, const gpu::Stream& stream) {
+FusedH read_fused_h(const CaseShape& s, const Layer& l, const Tier& tier, const DeviceBuffer& workspace,
+                    const gpu::Stream& stream) {
   const MoeWorkspace layout = layout_moe_workspace(plan_input(s, l.tokens, tier), MoeTier::kTiled);
   const int64_t slots = l.tokens * s.topk, rows = sm90::moe_max_rows(slots, s.experts);
   const char* base = workspace.as<char>();
@@ -48,7 +49,8 @@ FusedH read_fused_h(const CaseShape& s, const Layer& l, const Tier& tier, const 
     if (!globals.empty()) result.global[size_t(slot)] = globals[size_t(row)];
     for (int c = 0; c < s.inter; ++c) {
       const int position = moe_kernel_column(c % 64), chunk = position / 8 ^ (r & 7);
-      const int64_t at = int64_t(tile.first_row) * s.inter + int64_t(c / 64) * tile.padded * 64 + r * 64 + chunk * 8 + position % 8;
+      const int64_t at =
+          int64_t(tile.first_row) * s.inter + int64_t(c / 64) * tile.padded * 64 + r * 64 + chunk * 8 + position % 8;
       result.h[size_t(slot * s.inter + c)] = operand[size_t(at)];
     }
   }
@@ -61,7 +63,8 @@ class MoeUnfused : public MoeGpu {
   // determine codes and scale: the largest element of a group has code 6, a zero group scale 0.) Outputs: same bits as well,
   // because fc2 and the combine add in the same order too; and both inside the bounds.
   void expect_same_layer(int64_t tokens, Routing routing, ActFormat act) {
-    SCOPED_TRACE(::testing::Message() << experts.shape.name << (act == ActFormat::kNvfp4 ? " a4, " : " a16, ") << tokens << " tokens, " << kRoutingNames[int(routing)]);
+    SCOPED_TRACE(::testing::Message() << experts.shape.name << (act == ActFormat::kNvfp4 ? " a4, " : " a16, ") << tokens
+                                      << " tokens, " << kRoutingNames[int(routing)]);
     const CaseShape& s = experts.shape;
     const Layer l = layer(tokens, routing, tokens % 2 == 1);
     const Tier tier{"tiled", act};
@@ -115,11 +118,14 @@ TEST_F(MoeUnfused, FlashShape) {
 // ---- CPU ----
 
 // The CPU op's y on the same bytes, on the device for comparison.
-DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, bool with_shared, const gpu::Stream& stream) {
+DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, bool with_shared,
+                       const gpu::Stream& stream) {
   const CaseShape& s = set.shape;
   const int64_t n = int64_t(s.experts) * s.hidden * s.inter, per = int64_t(s.hidden) * s.inter;
   std::vector<uint8_t> codes[3], sf[3];
-  for (int i = 0; i < 3; ++i) codes[i] = to_host<uint8_t>(set.codes[i].data(), n / 2, stream), sf[i] = to_host<uint8_t>(set.sf[i].data(), n / 16, stream);
+  for (int i = 0; i < 3; ++i)
+    codes[i] = to_host<uint8_t>(set.codes[i].data(), n / 2, stream),
+    sf[i] = to_host<uint8_t>(set.sf[i].data(), n / 16, stream);
   std::vector<ExpertWeights> experts(static_cast<size_t>(s.experts));
   for (int e = 0; e < s.experts; ++e) {
     Weight* const weights[3] = {&experts[size_t(e)].w1, &experts[size_t(e)].w3, &experts[size_t(e)].w2};
@@ -144,10 +150,13 @@ DeviceBuffer cpu_layer(const ExpertSet& set, const Layer& l, ActFormat act, bool
     }
   }
   std::vector<float> x, y(static_cast<size_t>(l.tokens * s.hidden));
-  for (const uint16_t bits : to_host<uint16_t>(l.x.data(), l.tokens * s.hidden, stream)) x.push_back(decode_bf16({bits}));
+  for (const uint16_t bits : to_host<uint16_t>(l.x.data(), l.tokens * s.hidden, stream))
+    x.push_back(decode_bf16({bits}));
   MoeArgs args{};
-  args.x = x.data(), args.topk_idx = l.host_idx.data(), args.topk_weights = l.host_rho.data(), args.y = y.data(), args.experts = experts.data();
-  args.num_tokens = l.tokens, args.hidden = s.hidden, args.inter = s.inter, args.num_experts = s.experts, args.num_topk = s.topk;
+  args.x = x.data(), args.topk_idx = l.host_idx.data(), args.topk_weights = l.host_rho.data(), args.y = y.data(),
+  args.experts = experts.data();
+  args.num_tokens = l.tokens, args.hidden = s.hidden, args.inter = s.inter, args.num_experts = s.experts,
+  args.num_topk = s.topk;
   args.swiglu_limit = 10.0f, args.precision.act = act;
   args.shared = with_shared ? &shared : nullptr;
   ThreadPool pool(0);
@@ -165,11 +174,13 @@ class MoeCpu : public MoeGpu {
     const Layer l = layer(tokens, routing, false);
     if (shared_inter > 0) use_shared(shared_inter);
     for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
-      SCOPED_TRACE(::testing::Message() << experts.shape.name << (act == ActFormat::kNvfp4 ? " a4, " : " a16, ") << tokens << " tokens");
+      SCOPED_TRACE(::testing::Message() << experts.shape.name << (act == ActFormat::kNvfp4 ? " a4, " : " a16, ")
+                                        << tokens << " tokens");
       const Reference reference = reference_of(l, act, shared_inter > 0);
       const DeviceBuffer cpu = cpu_layer(experts, l, act, shared_inter > 0, stream());
       const Comparison c = compare(cpu.as<float>(), reference, experts.shape.hidden, stream().get());
-      EXPECT_EQ(c.outside, 0u) << "elements of the CPU op outside their bounds; relative error " << c.relative << ", bound " << c.width;
+      EXPECT_EQ(c.outside, 0u) << "elements of the CPU op outside their bounds; relative error " << c.relative
+                               << ", bound " << c.width;
       for (const char* name : {"auto", "ring", "stream", "tiled"}) {
         SCOPED_TRACE(name);
         const Tier tier{name, act, 0, shared_inter};
@@ -182,7 +193,8 @@ class MoeCpu : public MoeGpu {
 TEST_F(MoeCpu, SameBytesGiveTheSameLayer) {
   for (const char* name : {"small", "odd", "demo"}) {
     use(*find_case_shape(name));
-    for (const int64_t tokens : {1, 3, 20, 70}) expect_both_inside(tokens, tokens == 20 ? Routing::kDuplicates : Routing::kUniform);
+    for (const int64_t tokens : {1, 3, 20, 70})
+      expect_both_inside(tokens, tokens == 20 ? Routing::kDuplicates : Routing::kUniform);
   }
   use({"wide/8", 1088, 576, 8, 4});
   expect_both_inside(12, Routing::kZipf);

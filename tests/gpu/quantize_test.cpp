@@ -15,8 +15,9 @@ struct Case {
   SfLayout layout = SfLayout::kLinear;
 
   std::string name() const {
-    return std::to_string(rows) + "x" + std::to_string(cols) + " format " + std::to_string(static_cast<int>(format)) + " global " +
-           std::to_string(static_cast<int>(global)) + " layout " + std::to_string(static_cast<int>(layout));
+    return std::to_string(rows) + "x" + std::to_string(cols) + " format " + std::to_string(static_cast<int>(format)) +
+           " global " + std::to_string(static_cast<int>(global)) + " layout " +
+           std::to_string(static_cast<int>(layout));
   }
 };
 
@@ -27,7 +28,9 @@ struct Results {
   std::vector<float> row_global;
 };
 
-int64_t code_bytes(const Case& c) { return c.format == RowFormat::kNvfp4 ? c.rows * c.cols / 2 : c.format == RowFormat::kFp8 ? c.rows * c.cols : 0; }
+int64_t code_bytes(const Case& c) {
+  return c.format == RowFormat::kNvfp4 ? c.rows * c.cols / 2 : c.format == RowFormat::kFp8 ? c.rows * c.cols : 0;
+}
 
 std::vector<float> globals_for(const Case& c) {
   std::vector<float> globals(static_cast<size_t>(c.global == GlobalMode::kPerRow ? c.rows : 1));
@@ -39,7 +42,8 @@ std::vector<float> globals_for(const Case& c) {
 template <class Op>
 void expect_parity(Machine& machine, const Case& c, bool with_y, int64_t sf_matrix_rows, const Op& op) {
   SCOPED_TRACE(c.name());
-  QuantizedRows out{.format = c.format, .global_mode = c.global, .sf_layout = c.layout, .sf_matrix_rows = sf_matrix_rows};
+  QuantizedRows out{
+      .format = c.format, .global_mode = c.global, .sf_layout = c.layout, .sf_matrix_rows = sf_matrix_rows};
   const std::vector<float> globals = globals_for(c);
   const bool has_y = with_y || c.format == RowFormat::kBf16;
   const int64_t sf_size = quantized_sf_bytes(out, c.rows, c.cols);
@@ -56,7 +60,8 @@ void expect_parity(Machine& machine, const Case& c, bool with_y, int64_t sf_matr
 
   DeviceArray<uint8_t> codes(machine, code_bytes(c)), sf(machine, sf_size);
   DeviceArray<bf16> y(machine, static_cast<int64_t>(want.y.size()));
-  DeviceArray<float> row_global(machine, static_cast<int64_t>(want.row_global.size())), device_globals(machine, globals);
+  DeviceArray<float> row_global(machine, static_cast<int64_t>(want.row_global.size())),
+      device_globals(machine, globals);
   QuantizedRows device_out = out;
   device_out.codes = codes.data(), device_out.sf = sf.data(), device_out.y = has_y ? y.data() : nullptr;
   device_out.global = device_globals.data(), device_out.row_global = row_global.data();
@@ -69,7 +74,12 @@ void expect_parity(Machine& machine, const Case& c, bool with_y, int64_t sf_matr
 }
 
 const Case kCases[] = {
-    {1, 16}, {3, 48}, {5, 4096}, {64, 4096}, {300, 7168}, {1031, 512},
+    {1, 16},
+    {3, 48},
+    {5, 4096},
+    {64, 4096},
+    {300, 7168},
+    {1031, 512},
     {7, 4096, RowFormat::kNvfp4, GlobalMode::kGiven},
     {7, 4096, RowFormat::kNvfp4, GlobalMode::kPerRow},
     {70, 4096, RowFormat::kNvfp4, GlobalMode::kComputeRow},
@@ -79,8 +89,11 @@ const Case kCases[] = {
     {1, 16, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4},
     {130, 80, RowFormat::kNvfp4, GlobalMode::kGiven, SfLayout::k128x4},
     {257, 4096, RowFormat::kNvfp4, GlobalMode::kComputeRow, SfLayout::k128x4},
-    {5, 4096, RowFormat::kFp8}, {131, 128, RowFormat::kFp8}, {300, 7168, RowFormat::kFp8},
-    {5, 4096, RowFormat::kBf16}, {4000, 4096},
+    {5, 4096, RowFormat::kFp8},
+    {131, 128, RowFormat::kFp8},
+    {300, 7168, RowFormat::kFp8},
+    {5, 4096, RowFormat::kBf16},
+    {4000, 4096},
 };
 
 TEST(GpuQuantize, DenseBf16RowsEqualReference) {
@@ -91,7 +104,8 @@ TEST(GpuQuantize, DenseBf16RowsEqualReference) {
     DeviceArray<bf16> device_x(machine, x);
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out},
+                    context);
     });
   }
 }
@@ -104,7 +118,8 @@ TEST(GpuQuantize, DenseBinary32RowsEqualReference) {
     DeviceArray<float> device_x(machine, x);
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, c.cols, out},
+                    context);
     });
   }
 }
@@ -117,7 +132,8 @@ TEST(GpuQuantize, RmsNormInFrontEqualsReferenceAndWritesTheNormalisedRow) {
     DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
     expect_parity(machine, c, true, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out},
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(),
+                                 1e-6f, c.rows, c.cols, c.cols, out},
                     context);
     });
   }
@@ -135,7 +151,8 @@ TEST(GpuQuantize, StridedRowsAndNonFiniteElementsEqualReference) {
     DeviceArray<float> device_x(machine, x);
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, stride, out}, context);
+      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), true, nullptr, 0, c.rows, c.cols, stride, out},
+                    context);
     });
   }
 }
@@ -152,15 +169,21 @@ TEST(GpuQuantizeRing, DenseRowsEqualReference) {
   DSV4_NEEDS_GPU();
   Machine machine;
   machine.gpu.dependent = true;
-  for (const Case& c : {Case{2200, 512, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow},
-                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kGiven}, Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow},
-                        Case{2112, 4096, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4}, Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow, SfLayout::k128x4}}) {
+  for (const Case& c : {Case{2200, 512, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+                        Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kGiven},
+                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow},
+                        Case{2112, 4096, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4},
+                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow, SfLayout::k128x4}}) {
     const std::vector<bf16> x = to_bf16(rows_with_nan(c, 1));
     DeviceArray<bf16> device_x(machine, x);
-    expect_parity(machine, c, false, c.layout == SfLayout::k128x4 ? c.rows / 3 : 0, [&](const QuantizedRows& out, const auto& context) {
-      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out}, context);
-    });
+    expect_parity(machine, c, false, c.layout == SfLayout::k128x4 ? c.rows / 3 : 0,
+                  [&](const QuantizedRows& out, const auto& context) {
+                    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+                    quantize_rows(
+                        QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out},
+                        context);
+                  });
   }
 }
 
@@ -168,13 +191,16 @@ TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
   DSV4_NEEDS_GPU();
   Machine machine;
   for (const bool with_y : {false, true})
-    for (const Case& c : {Case{2200, 512}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{2200, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow},
-                          Case{2200, 512, RowFormat::kFp8}}) {
+    for (const Case& c :
+         {Case{2200, 512}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow},
+          Case{2200, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{2200, 512, RowFormat::kFp8}}) {
       const std::vector<bf16> x = to_bf16(random_rows(c.rows, c.cols, 3)), weight = to_bf16(random_rows(1, c.cols, 4));
       DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
       expect_parity(machine, c, with_y, 0, [&](const QuantizedRows& out, const auto& context) {
         constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out}, context);
+        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false,
+                                   kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out},
+                      context);
       });
     }
 }
@@ -200,7 +226,9 @@ TEST(GpuQuantizeRing, NormalisedRowsOfExtremesEqualReference) {
     for (const float eps : {1e-6f, 1e-37f})
       expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
         constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : rows.data(), false, kGpu ? device_weight.data() : weight.data(), eps, c.rows, c.cols, c.cols, out}, context);
+        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : rows.data(), false,
+                                   kGpu ? device_weight.data() : weight.data(), eps, c.rows, c.cols, c.cols, out},
+                      context);
       });
   }
 }
@@ -218,7 +246,10 @@ TEST(GpuQuantizeRing, SwigluRowsEqualReference) {
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
       swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
-                                         !weighted ? nullptr : kGpu ? device_rho.data() : rho.data(), 10.0f, c.rows, c.cols, c.cols, out},
+                                         !weighted ? nullptr
+                                         : kGpu    ? device_rho.data()
+                                                   : rho.data(),
+                                         10.0f, c.rows, c.cols, c.cols, out},
                       context);
     });
   }
@@ -237,16 +268,20 @@ TEST(GpuQuantizeRing, InverseRopeEqualsReference) {
     for (const GlobalMode global : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
       std::vector<float> cos_sin;
       for (int p = 0; p < kPositions; ++p)
-        for (int i = 0; i < rope_dim; ++i) cos_sin.push_back(i < rope_dim / 2 ? std::cos(0.37f * p * (i + 1)) : std::sin(0.37f * p * (i + 1 - rope_dim / 2)));
+        for (int i = 0; i < rope_dim; ++i)
+          cos_sin.push_back(i < rope_dim / 2 ? std::cos(0.37f * p * (i + 1))
+                                             : std::sin(0.37f * p * (i + 1 - rope_dim / 2)));
       DeviceArray<float> device_cos_sin(machine, cos_sin);
       const Case c{kTokens * 8, 8 * kHeadDim, RowFormat::kNvfp4, global};
       const std::vector<bf16> x = to_bf16(random_rows(kTokens * 64, kHeadDim, 9));
       DeviceArray<bf16> device_x(machine, x);
       expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
         constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        inverse_rope_quantize(InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(), kGpu ? device_cos_sin.data() : cos_sin.data(),
-                                                      kGpu ? device_positions.data() : positions.data(), kTokens, 64, kHeadDim, rope_dim, 8, out},
-                              context);
+        inverse_rope_quantize(
+            InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(), kGpu ? device_cos_sin.data() : cos_sin.data(),
+                                    kGpu ? device_positions.data() : positions.data(), kTokens, 64, kHeadDim, rope_dim,
+                                    8, out},
+            context);
       });
     }
 }
@@ -259,7 +294,10 @@ TEST(GpuQuantize, ZeroRowsAreLegalAndBadShapesAreRefused) {
   EXPECT_NO_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 0, 64, 64, out}, machine.gpu));
   EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 1, 24, 24, out}, machine.gpu), Error);
   EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data() + 2, false, nullptr, 0, 1, 64, 64, out}, machine.gpu), Error);
-  EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, reinterpret_cast<bf16*>(bytes.data()), 0, 1, 32768, 32768, out}, machine.gpu), Error);
+  EXPECT_THROW(
+      quantize_rows(QuantizeArgs{bytes.data(), false, reinterpret_cast<bf16*>(bytes.data()), 0, 1, 32768, 32768, out},
+                    machine.gpu),
+      Error);
   out.sf = nullptr;
   EXPECT_THROW(quantize_rows(QuantizeArgs{bytes.data(), false, nullptr, 0, 1, 64, 64, out}, machine.gpu), Error);
 }
@@ -274,8 +312,8 @@ TEST(GpuSwigluQuantize, EqualsReferenceForEveryFormat) {
     DeviceArray<float> device_rho(machine, rho);
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), kGpu ? device_rho.data() : rho.data(),
-                                         10.0f, c.rows, c.cols, c.cols, out},
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
+                                         kGpu ? device_rho.data() : rho.data(), 10.0f, c.rows, c.cols, c.cols, out},
                       context);
     });
   }
@@ -289,11 +327,14 @@ TEST(GpuSwigluQuantize, LongCallsEqualReferenceForEveryLimit) {
     for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kBf16}) {
       const Case c{131 * 16 + 3, 4096, format, format == RowFormat::kNvfp4 ? GlobalMode::kPerRow : GlobalMode::kOne};
       std::vector<bf16> gate(static_cast<size_t>(c.rows * c.cols)), up = to_bf16(random_rows(c.rows, c.cols, 13));
-      for (size_t i = 0; i < gate.size(); ++i) gate[i] = bf16{static_cast<uint16_t>((i & 0x7fff) >= 0x7f80 ? 0x8000 : i)};
+      for (size_t i = 0; i < gate.size(); ++i)
+        gate[i] = bf16{static_cast<uint16_t>((i & 0x7fff) >= 0x7f80 ? 0x8000 : i)};
       DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
       expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
         constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), nullptr, limit, c.rows, c.cols, c.cols, out}, context);
+        swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
+                                           nullptr, limit, c.rows, c.cols, c.cols, out},
+                        context);
       });
     }
 }
@@ -312,8 +353,8 @@ TEST(GpuSwigluQuantize, EveryBf16GateGivesTheReferencesBits) {
     DeviceArray<float> device_rho(machine, rho);
     expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
       constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(), kGpu ? device_rho.data() : rho.data(), 80.0f,
-                                         c.rows, c.cols, c.cols, out},
+      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
+                                         kGpu ? device_rho.data() : rho.data(), 80.0f, c.rows, c.cols, c.cols, out},
                       context);
     });
   }
@@ -344,8 +385,10 @@ TEST(GpuInverseRopeQuantize, EqualsReferenceForEveryFormatAndBothModelSizes) {
             DeviceArray<int32_t> device_positions(machine, positions);
             expect_parity(machine, c, false, tokens, [&](const QuantizedRows& out, const auto& context) {
               constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-              inverse_rope_quantize(InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(), kGpu ? device_cos_sin.data() : cos_sin.data(),
-                                                            kGpu ? device_positions.data() : positions.data(), tokens, heads, kHeadDim, kRopeDim, 8, out},
+              inverse_rope_quantize(InverseRopeQuantizeArgs{kGpu ? device_x.data() : x.data(),
+                                                            kGpu ? device_cos_sin.data() : cos_sin.data(),
+                                                            kGpu ? device_positions.data() : positions.data(), tokens,
+                                                            heads, kHeadDim, kRopeDim, 8, out},
                                     context);
             });
           }
@@ -358,19 +401,24 @@ TEST(GpuInverseRopeQuantize, FusedIsBitwiseEqualToRotatingThenQuantising) {
   constexpr int64_t kTokens = 33, kHeads = 64, kRows = kTokens * 8, kCols = 4096;
   std::vector<float> cos_sin;
   for (int p = 0; p < 64; ++p)
-    for (int i = 0; i < 64; ++i) cos_sin.push_back(i < 32 ? std::cos(0.37f * p * (i + 1)) : std::sin(0.37f * p * (i - 31)));
+    for (int i = 0; i < 64; ++i)
+      cos_sin.push_back(i < 32 ? std::cos(0.37f * p * (i + 1)) : std::sin(0.37f * p * (i - 31)));
   std::vector<int32_t> positions(kTokens);
   for (int t = 0; t < kTokens; ++t) positions[t] = t;
   DeviceArray<float> device_cos_sin(machine, cos_sin);
   DeviceArray<int32_t> device_positions(machine, positions);
   DeviceArray<bf16> x(machine, to_bf16(random_rows(kTokens * kHeads, 512, 10))), rotated(machine, kRows * kCols);
-  DeviceArray<uint8_t> codes(machine, kRows * kCols / 2), sf(machine, kRows * kCols / 16), twin_codes(machine, kRows * kCols / 2), twin_sf(machine, kRows * kCols / 16);
-  InverseRopeQuantizeArgs args{x.data(), device_cos_sin.data(), device_positions.data(), kTokens, kHeads, 512, 64, 8, {}};
+  DeviceArray<uint8_t> codes(machine, kRows * kCols / 2), sf(machine, kRows * kCols / 16),
+      twin_codes(machine, kRows * kCols / 2), twin_sf(machine, kRows * kCols / 16);
+  InverseRopeQuantizeArgs args{x.data(), device_cos_sin.data(), device_positions.data(), kTokens, kHeads, 512, 64, 8,
+                               {}};
   args.out = QuantizedRows{.codes = codes.data(), .sf = sf.data()};
   inverse_rope_quantize(args, machine.gpu);
   args.out = QuantizedRows{.format = RowFormat::kBf16, .y = rotated.data()};
   inverse_rope_quantize(args, machine.gpu);
-  quantize_rows(QuantizeArgs{rotated.data(), false, nullptr, 0, kRows, kCols, kCols, QuantizedRows{.codes = twin_codes.data(), .sf = twin_sf.data()}}, machine.gpu);
+  quantize_rows(QuantizeArgs{rotated.data(), false, nullptr, 0, kRows, kCols, kCols,
+                             QuantizedRows{.codes = twin_codes.data(), .sf = twin_sf.data()}},
+                machine.gpu);
   expect_same_bytes(codes.host(), twin_codes.host(), "codes");
   expect_same_bytes(sf.host(), twin_sf.host(), "scale factors");
 }

@@ -27,7 +27,8 @@ std::vector<float> cos_sin_table(int positions) {
 }
 
 // Scatters a contiguous CPU row into a page image.
-void place_row(std::vector<uint8_t>& image, const DevicePages& shape, KvFormat format, int32_t row, const std::vector<uint8_t>& bytes) {
+void place_row(std::vector<uint8_t>& image, const DevicePages& shape, KvFormat format, int32_t row,
+               const std::vector<uint8_t>& bytes) {
   const PageLayout layout = kv_page_layout(format);
   DevicePages host = shape;
   host.base = image.data();
@@ -49,8 +50,10 @@ TEST(GpuRopeNormInsert, QueriesAndCacheRowsEqualTheCpuOps) {
   DeviceArray<float> device_table(machine, table);
   for (const KvFormat format : {KvFormat::kBf16, KvFormat::kFp8, KvFormat::kNvfp4})
     for (const auto& [tokens, heads] : {std::pair<int64_t, int>{1, 64}, {9, 128}, {130, 3}, {70, 0}, {301, 64}}) {
-      SCOPED_TRACE(std::to_string(tokens) + " tokens, " + std::to_string(heads) + " heads, format " + std::to_string(static_cast<int>(format)));
-      const std::vector<bf16> q = to_bf16(random_rows(tokens * std::max(heads, 1), kDim, 1)), kv = to_bf16(random_rows(tokens, kDim + 8, 2));
+      SCOPED_TRACE(std::to_string(tokens) + " tokens, " + std::to_string(heads) + " heads, format " +
+                   std::to_string(static_cast<int>(format)));
+      const std::vector<bf16> q = to_bf16(random_rows(tokens * std::max(heads, 1), kDim, 1)),
+                              kv = to_bf16(random_rows(tokens, kDim + 8, 2));
       const std::vector<bf16> weight = to_bf16(random_rows(1, kDim, 3));
       std::vector<int32_t> rope_rows, slots;
       for (int64_t t = 0; t < tokens; ++t) {
@@ -64,12 +67,15 @@ TEST(GpuRopeNormInsert, QueriesAndCacheRowsEqualTheCpuOps) {
       for (int64_t t = 0; t < tokens; ++t)
         for (int c = 0; c < kDim; ++c) want_kv[t * kDim + c] = decode_bf16(kv[t * (kDim + 8) + c]);
       rms_norm({want_q.data(), nullptr, want_q.data(), tokens * heads, kDim, kDim, kDim, 1e-6f, false}, machine.cpu);
-      rms_norm({want_kv.data(), widen(weight).data(), want_kv.data(), tokens, kDim, kDim, kDim, 1e-6f, true}, machine.cpu);
+      rms_norm({want_kv.data(), widen(weight).data(), want_kv.data(), tokens, kDim, kDim, kDim, 1e-6f, true},
+               machine.cpu);
       std::vector<uint8_t> want_pages(static_cast<size_t>(4 * pages.page_stride), 0xa5);
       const KvRowLayout row_layout{format, kDim, kRope};
       for (int64_t t = 0; t < tokens; ++t) {
         const float* cos = &table[rope_rows[t] * kRope];
-        for (int h = 0; h < heads; ++h) rope_rotate(&want_q[(t * heads + h) * kDim + kDim - kRope], cos, cos + kRope / 2, kRope / 2, RopeDirection::kForward);
+        for (int h = 0; h < heads; ++h)
+          rope_rotate(&want_q[(t * heads + h) * kDim + kDim - kRope], cos, cos + kRope / 2, kRope / 2,
+                      RopeDirection::kForward);
         float* row = &want_kv[t * kDim];
         rope_rotate(row + kDim - kRope, cos, cos + kRope / 2, kRope / 2, RopeDirection::kForward);
         for (int c = 0; c < kDim; ++c) row[c] = round_bf16(row[c]);
@@ -79,13 +85,15 @@ TEST(GpuRopeNormInsert, QueriesAndCacheRowsEqualTheCpuOps) {
         place_row(want_pages, pages, format, slots[t], bytes);
       }
 
-      DeviceArray<bf16> device_q(machine, q), q_out(machine, static_cast<int64_t>(q.size())), device_kv(machine, kv), device_weight(machine, weight);
+      DeviceArray<bf16> device_q(machine, q), q_out(machine, static_cast<int64_t>(q.size())), device_kv(machine, kv),
+          device_weight(machine, weight);
       DeviceArray<int32_t> device_rope_rows(machine, rope_rows), device_slots(machine, slots);
       DeviceArray<uint8_t> device_pages(machine, std::vector<uint8_t>(want_pages.size(), 0xa5));
       pages.base = device_pages.data();
-      rope_norm_insert({device_q.data(), q_out.data(), device_kv.data(), kDim + 8, device_weight.data(), device_table.data(), device_rope_rows.data(), device_slots.data(),
-                        pages, format, tokens, heads, 1e-6f},
-                       machine.gpu);
+      rope_norm_insert(
+          {device_q.data(), q_out.data(), device_kv.data(), kDim + 8, device_weight.data(), device_table.data(),
+           device_rope_rows.data(), device_slots.data(), pages, format, tokens, heads, 1e-6f},
+          machine.gpu);
       if (heads > 0) expect_same_bytes(q_out.host(), to_bf16(want_q), "queries");
       expect_same_bytes(device_pages.host(), want_pages, "pages");
 
@@ -107,7 +115,8 @@ TEST(GpuRopeNormInsert, QueriesAndCacheRowsEqualTheCpuOps) {
       }
       DeviceArray<int32_t> device_rows(machine, rows);
       DeviceArray<bf16> gathered(machine, static_cast<int64_t>(want_rows.size()));
-      gather_kv_rows({pages, format, device_rows.data(), gathered.data(), static_cast<int64_t>(rows.size())}, machine.gpu);
+      gather_kv_rows({pages, format, device_rows.data(), gathered.data(), static_cast<int64_t>(rows.size())},
+                     machine.gpu);
       expect_same_bytes(gathered.host(), want_rows, "gathered rows");
     }
 }
@@ -116,7 +125,13 @@ TEST(GpuRopeNormInsert, Binary32PagesAreRefused) {
   DSV4_NEEDS_GPU();
   Machine machine;
   DeviceArray<bf16> x(machine, kDim);
-  EXPECT_THROW(rope_norm_insert({.kv = x.data(), .kv_stride = kDim, .pages = {nullptr, 4096, 1, 1}, .format = KvFormat::kF32, .num_tokens = 1}, machine.gpu), Error);
+  EXPECT_THROW(rope_norm_insert({.kv = x.data(),
+                                 .kv_stride = kDim,
+                                 .pages = {nullptr, 4096, 1, 1},
+                                 .format = KvFormat::kF32,
+                                 .num_tokens = 1},
+                                machine.gpu),
+               Error);
 }
 
 }  // namespace

@@ -30,7 +30,8 @@ class GoldenModel {
  public:
   explicit GoldenModel(const std::string& folder)
       : pool_(2),
-        model_(std::make_shared<const Checkpoint>(open_checkpoint(folder)), Precision::make_exact(), {pool_, best_cpu_isa()}) {}
+        model_(std::make_shared<const Checkpoint>(open_checkpoint(folder)), Precision::make_exact(),
+               {pool_, best_cpu_isa()}) {}
 
   DeepseekV4& operator*() { return model_; }
   int64_t vocab() const { return model_.config().vocab_size; }
@@ -63,18 +64,21 @@ class GoldenModel {
   DeepseekV4 model_;
 };
 
-void expect_golden_logits(const std::vector<float>& logits, const TensorView& golden, int64_t first, const std::vector<float>& margins) {
+void expect_golden_logits(const std::vector<float>& logits, const TensorView& golden, int64_t first,
+                          const std::vector<float>& margins) {
   const int64_t count = golden.shape[0], vocab = golden.shape[1];
   int64_t beyond = 0;
   for (int64_t i = 0; i < count; ++i) {
     double worst = 0;
     for (int64_t v = 0; v < vocab; ++v)
-      worst = std::max(worst, std::fabs(static_cast<double>(logits[(first + i) * vocab + v]) - golden.as<float>()[i * vocab + v]));
+      worst = std::max(
+          worst, std::fabs(static_cast<double>(logits[(first + i) * vocab + v]) - golden.as<float>()[i * vocab + v]));
     if (worst <= 1e-3) continue;
     ++beyond;
     const float margin = *std::min_element(margins.begin(), margins.begin() + first + i + 1);
     EXPECT_LT(margin, 1e-5f) << "position " << first + i << " is off by " << worst << " and no near-tie came before it";
-    std::printf("position %lld: off by %g after a decision margin of %g\n", static_cast<long long>(first + i), worst, margin);
+    std::printf("position %lld: off by %g after a decision margin of %g\n", static_cast<long long>(first + i), worst,
+                margin);
   }
   EXPECT_LE(beyond * 100, count);
 }
@@ -112,7 +116,8 @@ TEST(GoldenModel, Bf16LogitsAndStreamsAfterEveryLayer) {
   expect_golden_logits(logits, golden.at("logits_first64"), 0, margins);
   expect_golden_logits(logits, golden.at("logits_last256"), static_cast<int64_t>(ids.size()) - 256, margins);
   for (size_t t = 0; t < ids.size(); ++t) {
-    const auto row = std::span(logits).subspan(t * static_cast<size_t>(model.vocab()), static_cast<size_t>(model.vocab()));
+    const auto row =
+        std::span(logits).subspan(t * static_cast<size_t>(model.vocab()), static_cast<size_t>(model.vocab()));
     ASSERT_EQ(argmax(row), golden.at("argmax").as<int64_t>()[t]) << "position " << t;
   }
 }
@@ -134,9 +139,11 @@ TEST(GoldenModel, QuantisedInMemoryVariantsMatchTheirGoldens) {
   const SafetensorsFile golden(kShared + "/golden/demo-quantised.safetensors");
   const auto ids = ids_of(golden.at("input_ids"));
   std::vector<float> margins;
-  expect_golden_logits(model.logits(ids, margins), golden.at("nvfp4-all.logits_last64"), static_cast<int64_t>(ids.size()) - 64, margins);
+  expect_golden_logits(model.logits(ids, margins), golden.at("nvfp4-all.logits_last64"),
+                       static_cast<int64_t>(ids.size()) - 64, margins);
   GoldenModel bf16(kShared + "/demo-model");
-  expect_golden_logits(bf16.logits(ids, margins), golden.at("bf16.logits_last64"), static_cast<int64_t>(ids.size()) - 64, margins);
+  expect_golden_logits(bf16.logits(ids, margins), golden.at("bf16.logits_last64"),
+                       static_cast<int64_t>(ids.size()) - 64, margins);
 }
 
 // Unusual dimensions (odd_configs.json) against scripts/reference_model.py, a float64 implementation without cache or chunks.
@@ -157,7 +164,8 @@ TEST(GoldenModel, UnusualConfigurationsMatchTheFloat64Reference) {
     const auto ids = ids_of(golden.at(fmt::format("{}.input_ids", number)));
     std::vector<float> margins;
     const auto logits = model.logits(ids, margins);
-    expect_golden_logits(logits, golden.at(fmt::format("{}.logits_last8", number)), static_cast<int64_t>(ids.size()) - 8, margins);
+    expect_golden_logits(logits, golden.at(fmt::format("{}.logits_last8", number)),
+                         static_cast<int64_t>(ids.size()) - 8, margins);
   }
 }
 

@@ -41,7 +41,8 @@ class ModelUnderTest {
  public:
   explicit ModelUnderTest(const std::string& folder, Precision precision = Precision::make_exact(), int num_threads = 2,
                           CpuIsa isa = best_cpu_isa())
-      : pool_(num_threads), model_(std::make_shared<const Checkpoint>(open_checkpoint(folder)), precision, {pool_, isa}) {}
+      : pool_(num_threads),
+        model_(std::make_shared<const Checkpoint>(open_checkpoint(folder)), precision, {pool_, isa}) {}
 
   int64_t vocab() const { return model_.config().vocab_size; }
   DeepseekV4& operator*() { return model_; }
@@ -74,12 +75,24 @@ std::string synth_folder(const std::string& name, SynthVariant variant, Json cha
   std::filesystem::remove_all(folder);
   SynthOptions options;
   options.config = synth_shape_config("demo");
-  options.config.update(Json{{"vocab_size", 320},        {"hidden_size", 80},          {"num_hidden_layers", 5},
-                             {"num_attention_heads", 6}, {"head_dim", 96},             {"qk_rope_head_dim", 32},
-                             {"q_lora_rank", 48},        {"o_lora_rank", 32},          {"o_groups", 3},
-                             {"moe_intermediate_size", 48}, {"n_routed_experts", 7},   {"num_experts_per_tok", 3},
-                             {"num_hash_layers", 1},     {"compress_ratios", {0, 4, 16, 4, 0}}, {"sliding_window", 11},
-                             {"index_n_heads", 3},       {"index_head_dim", 64},       {"index_topk", 9},
+  options.config.update(Json{{"vocab_size", 320},
+                             {"hidden_size", 80},
+                             {"num_hidden_layers", 5},
+                             {"num_attention_heads", 6},
+                             {"head_dim", 96},
+                             {"qk_rope_head_dim", 32},
+                             {"q_lora_rank", 48},
+                             {"o_lora_rank", 32},
+                             {"o_groups", 3},
+                             {"moe_intermediate_size", 48},
+                             {"n_routed_experts", 7},
+                             {"num_experts_per_tok", 3},
+                             {"num_hash_layers", 1},
+                             {"compress_ratios", {0, 4, 16, 4, 0}},
+                             {"sliding_window", 11},
+                             {"index_n_heads", 3},
+                             {"index_head_dim", 64},
+                             {"index_topk", 9},
                              {"hc_mult", 3}});
   options.config.update(changes);
   options.variant = variant;
@@ -113,11 +126,14 @@ TEST(ModelParity, PrefillThenDecodeAgreesAroundLongLengths) {
     std::vector<float> logits;
     for (int64_t at = 0; at < length + 5;) {
       const int64_t count = at < length - 6 ? std::min<int64_t>(512, length - 6 - at) : 1;
-      const SequenceInput input{&cache, std::span(ids).subspan(static_cast<size_t>(at), static_cast<size_t>(count)), WantLogits::kLast};
+      const SequenceInput input{&cache, std::span(ids).subspan(static_cast<size_t>(at), static_cast<size_t>(count)),
+                                WantLogits::kLast};
       (*model).forward({&input, 1}, logits);
       at += count;
       if (at < length - 5) continue;
-      EXPECT_LE(max_difference(logits, std::span(whole).subspan(static_cast<size_t>((at - 1) * model.vocab()), logits.size())), kTolerance)
+      EXPECT_LE(max_difference(logits,
+                               std::span(whole).subspan(static_cast<size_t>((at - 1) * model.vocab()), logits.size())),
+                kTolerance)
           << "after " << at << " tokens";
     }
   }
@@ -176,7 +192,8 @@ TEST(ModelParity, SnapshotRestoresTheTimeline) {
 }
 
 TEST(ModelParity, ThreadsDoNotChangeASingleBit) {
-  for (const Precision& precision : {Precision::make_exact(), Precision{false, ActFormat::kNvfp4, KvFormat::kNvfp4, IndexFormat::kFp4}}) {
+  for (const Precision& precision :
+       {Precision::make_exact(), Precision{false, ActFormat::kNvfp4, KvFormat::kNvfp4, IndexFormat::kFp4}}) {
     ModelUnderTest one(kBundled, precision, 1), three(kBundled, precision, 3);
     const auto ids = random_ids(90, one.vocab(), 6);
     EXPECT_EQ(one.run(ids, {40, 1}), three.run(ids, {40, 1}));

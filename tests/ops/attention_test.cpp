@@ -23,7 +23,8 @@ struct Case {
 // Fills a cache with random rows for positions [0, first + tokens) and runs attention over the chunk.
 class AttentionRun {
  public:
-  explicit AttentionRun(const Case& c) : case_(c), q_(random_floats(c.num_tokens * c.num_heads * c.head_dim, 1)), sink_(random_floats(c.num_heads, 2)) {
+  explicit AttentionRun(const Case& c)
+      : case_(c), q_(random_floats(c.num_tokens * c.num_heads * c.head_dim, 1)), sink_(random_floats(c.num_heads, 2)) {
     CacheShape shape;
     shape.row = {c.format, c.head_dim, c.rope_dim};
     shape.index_key = {IndexFormat::kF32, 16};
@@ -36,10 +37,12 @@ class AttentionRun {
     for (int64_t p = 0; p < end; ++p) encode_kv_row(shape.row, &rows[p * c.head_dim], layer().window_row(p));
     if (c.ratio == 0) return;
     const auto compressed = random_floats(end / c.ratio * c.head_dim, 4);
-    for (int64_t j = 0; j < end / c.ratio; ++j) encode_kv_row(shape.row, &compressed[j * c.head_dim], layer().compressed.append());
+    for (int64_t j = 0; j < end / c.ratio; ++j)
+      encode_kv_row(shape.row, &compressed[j * c.head_dim], layer().compressed.append());
     for (int64_t t = 0; c.max_selected > 0 && t < c.num_tokens; ++t) {
       const int64_t visible = (c.first_position + t + 1) / c.ratio;
-      for (int i = 0; i < c.max_selected; ++i) selected_.push_back(2 * i + t % 2 < visible ? static_cast<int32_t>(2 * i + t % 2) : -1);
+      for (int i = 0; i < c.max_selected; ++i)
+        selected_.push_back(2 * i + t % 2 < visible ? static_cast<int32_t>(2 * i + t % 2) : -1);
     }
   }
 

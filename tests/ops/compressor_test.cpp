@@ -17,8 +17,12 @@ struct Inputs {
 };
 
 Inputs make_inputs(CompressorShape shape, int64_t num_tokens) {
-  return {shape, random_floats(num_tokens * shape.width(), 1), random_floats(num_tokens * shape.width(), 2),
-          random_floats(shape.ratio * shape.width(), 3), random_floats(shape.dim, 4), make_rope_freqs(shape.rope_dim, 160000, nullptr)};
+  return {shape,
+          random_floats(num_tokens * shape.width(), 1),
+          random_floats(num_tokens * shape.width(), 2),
+          random_floats(shape.ratio * shape.width(), 3),
+          random_floats(shape.dim, 4),
+          make_rope_freqs(shape.rope_dim, 160000, nullptr)};
 }
 
 // Runs the tokens in chunks of the given size.
@@ -29,10 +33,19 @@ std::vector<float> run(const Inputs& in, int64_t num_tokens, int64_t chunk, CpuI
   std::vector<float> rows(num_tokens / in.shape.ratio * in.shape.dim, NAN);
   for (int64_t first = 0; first < num_tokens; first += chunk) {
     const int64_t count = std::min(chunk, num_tokens - first);
-    compress({.shape = in.shape, .value = in.value.data() + first * in.shape.width(), .gate = in.gate.data() + first * in.shape.width(),
-              .ape = in.ape.data(), .norm_weight = in.norm.data(), .rope = &in.rope, .state_value = state_value.data(),
-              .state_gate = state_gate.data(), .rows = rows.data() + first / in.shape.ratio * in.shape.dim, .first_position = first,
-              .num_tokens = count, .rms_eps = 1e-6f, .round_output = false},
+    compress({.shape = in.shape,
+              .value = in.value.data() + first * in.shape.width(),
+              .gate = in.gate.data() + first * in.shape.width(),
+              .ape = in.ape.data(),
+              .norm_weight = in.norm.data(),
+              .rope = &in.rope,
+              .state_value = state_value.data(),
+              .state_gate = state_gate.data(),
+              .rows = rows.data() + first / in.shape.ratio * in.shape.dim,
+              .first_position = first,
+              .num_tokens = count,
+              .rms_eps = 1e-6f,
+              .round_output = false},
              {pool, isa});
   }
   return rows;
@@ -62,7 +75,8 @@ std::vector<float> direct(const Inputs& in, int64_t num_tokens) {
     }
     double squares = 0;
     for (float x : row) squares += static_cast<double>(x) * x;
-    for (int c = 0; c < s.dim; ++c) row[c] = static_cast<float>(row[c] / std::sqrt(squares / s.dim + 1e-6) * in.norm[c]);
+    for (int c = 0; c < s.dim; ++c)
+      row[c] = static_cast<float>(row[c] / std::sqrt(squares / s.dim + 1e-6) * in.norm[c]);
     std::vector<float> cos(s.rope_dim / 2), sin(s.rope_dim / 2);
     rope_angles(in.rope, w * s.ratio, cos.data(), sin.data());
     rope_rotate(row.data() + s.dim - s.rope_dim, cos.data(), sin.data(), s.rope_dim / 2, RopeDirection::kForward);
@@ -87,7 +101,8 @@ TEST(Compressor, AnyChunkingGivesTheSameBits) {
     const int64_t num_tokens = 2 * shape.ratio + 5;
     const Inputs in = make_inputs(shape, num_tokens);
     const auto whole = run(in, num_tokens, num_tokens, best_cpu_isa());
-    for (int64_t chunk : {1, 2, 3, 5, 7}) EXPECT_EQ(run(in, num_tokens, chunk, best_cpu_isa()), whole) << shape.ratio << " " << chunk;
+    for (int64_t chunk : {1, 2, 3, 5, 7})
+      EXPECT_EQ(run(in, num_tokens, chunk, best_cpu_isa()), whole) << shape.ratio << " " << chunk;
   }
 }
 

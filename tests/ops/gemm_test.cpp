@@ -15,7 +15,8 @@ struct Shape {
 };
 
 // Odd rows, one panel, several; columns below, at and past every block and record boundary (all multiples of 16).
-constexpr Shape kShapes[] = {{1, 16}, {5, 48}, {16, 64}, {17, 80}, {33, 128}, {40, 208}, {96, 256}, {31, 528}, {130, 1040}};
+constexpr Shape kShapes[] = {{1, 16},   {5, 48},   {16, 64},  {17, 80},   {33, 128},
+                             {40, 208}, {96, 256}, {31, 528}, {130, 1040}};
 
 std::vector<float> run_gemm(const Weight& w, const std::vector<float>& x, int64_t num_tokens, CpuIsa isa, int threads,
                             bool round_output, bool x_is_bf16) {
@@ -58,7 +59,8 @@ TEST_P(GemmParity, EveryIsaMatchesReference) {
           // scales and the final rounding. A dot product of bf16 pairs flushes subnormals: far below this bound here.
           for (int64_t t = 0; t < num_tokens; ++t) {
             for (int64_t r = 0; r < shape.rows; ++r) {
-              const double bound = static_cast<double>(shape.cols + 4) * 0x1p-24 * absolute_sum(w, &x[t * shape.cols], r);
+              const double bound =
+                  static_cast<double>(shape.cols + 4) * 0x1p-24 * absolute_sum(w, &x[t * shape.cols], r);
               ASSERT_NEAR(y[t * shape.rows + r], expected[t * shape.rows + r], bound)
                   << cpu_isa_name(isa) << (packed ? " packed " : " ") << shape.rows << "x" << shape.cols << " tokens "
                   << num_tokens << " at " << t << ", " << r;
@@ -72,7 +74,8 @@ TEST_P(GemmParity, EveryIsaMatchesReference) {
 
 INSTANTIATE_TEST_SUITE_P(Formats, GemmParity, testing::Combine(testing::ValuesIn(kAllFormats), testing::Bool()),
                          [](const auto& info) {
-                           return format_name(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_bf16_x" : "_f32_x");
+                           return format_name(std::get<0>(info.param)) +
+                                  (std::get<1>(info.param) ? "_bf16_x" : "_f32_x");
                          });
 
 TEST(Gemm, Nvfp4ActivationsAreBitwiseEqualToReference) {
@@ -89,7 +92,8 @@ TEST(Gemm, Nvfp4ActivationsAreBitwiseEqualToReference) {
           for (CpuIsa which : {CpuIsa::kReference, isa}) {
             ThreadPool pool(2);
             results.emplace_back(num_tokens * shape.rows);
-            gemm({x.data(), w, results.back().data(), num_tokens, shape.cols, shape.rows, false, false, true}, {pool, which});
+            gemm({x.data(), w, results.back().data(), num_tokens, shape.cols, shape.rows, false, false, true},
+                 {pool, which});
           }
           ASSERT_EQ(0, std::memcmp(results[0].data(), results[1].data(), results[0].size() * 4))
               << cpu_isa_name(isa) << " " << shape.rows << "x" << shape.cols << " tokens " << num_tokens;
@@ -121,10 +125,15 @@ TEST(Gemm, RowsOfAnySizeMatchReference) {
       for (int64_t t = 0; t < kTokens; ++t) {
         for (int64_t r = 0; r < kRows; ++r) {
           const float want = expected[t * kRows + r], got = y[t * kRows + r];
-          SCOPED_TRACE(std::string(cpu_isa_name(isa)) + " " + format_name(format) + " row of size " + std::to_string(sizes[t]));
-          if (std::isnan(want)) ASSERT_TRUE(std::isnan(got));
-          else if (std::isinf(want)) ASSERT_EQ(got, want);
-          else ASSERT_NEAR(got, want, static_cast<double>(kCols + 4) * 0x1p-24 * absolute_sum(owned.weight, &x[t * kCols], r));
+          SCOPED_TRACE(std::string(cpu_isa_name(isa)) + " " + format_name(format) + " row of size " +
+                       std::to_string(sizes[t]));
+          if (std::isnan(want))
+            ASSERT_TRUE(std::isnan(got));
+          else if (std::isinf(want))
+            ASSERT_EQ(got, want);
+          else
+            ASSERT_NEAR(got, want,
+                        static_cast<double>(kCols + 4) * 0x1p-24 * absolute_sum(owned.weight, &x[t * kCols], r));
         }
       }
     }
@@ -138,7 +147,8 @@ float tile_order_sum(const Weight& w, const float* x, int64_t row) {
   const auto weight = [&](int64_t k) {  // without the scales that come after the sums
     if (nvfp4) {
       const uint8_t byte = static_cast<const uint8_t*>(v.data)[(row * v.cols + k) / 2];
-      return decode_e2m1(k % 2 == 0 ? e2m1x2_even(byte) : e2m1x2_odd(byte)) * decode_ue4m3(v.sf[(row * v.cols + k) / 16]);
+      return decode_e2m1(k % 2 == 0 ? e2m1x2_even(byte) : e2m1x2_odd(byte)) *
+             decode_ue4m3(v.sf[(row * v.cols + k) / 16]);
     }
     if (fp8) return decode_e4m3(static_cast<const uint8_t*>(v.data)[row * v.cols + k]);
     return decode_bf16(static_cast<const bf16*>(v.data)[row * v.cols + k]);
@@ -175,7 +185,8 @@ TEST(GemmAmx, SumsAreInTheDocumentedOrderBitForBit) {
           for (int64_t t = 0; t < num_tokens; ++t)
             for (int64_t r = 0; r < shape.rows; ++r)
               ASSERT_EQ(y[t * shape.rows + r], tile_order_sum(owned.weight, &x[t * shape.cols], r))
-                  << format_name(format) << " " << shape.rows << "x" << shape.cols << " tokens " << num_tokens << " at " << t << ", " << r;
+                  << format_name(format) << " " << shape.rows << "x" << shape.cols << " tokens " << num_tokens << " at "
+                  << t << ", " << r;
         }
       }
     }
@@ -188,7 +199,8 @@ TEST(GemmAmx, ActivationsThatAreNoBf16ValuesKeepBinary32Products) {
   for (WeightFormat format : kAllFormats) {
     OwnedWeight owned = random_weight(rng, format, 33, 208);
     const std::vector<float> x = random_floats(rng, 20 * 208, 1.0f, false);
-    EXPECT_EQ(run_gemm(owned.weight, x, 20, CpuIsa::kAmx, 1, false, false), run_gemm(owned.weight, x, 20, CpuIsa::kAvx512, 1, false, false));
+    EXPECT_EQ(run_gemm(owned.weight, x, 20, CpuIsa::kAmx, 1, false, false),
+              run_gemm(owned.weight, x, 20, CpuIsa::kAvx512, 1, false, false));
   }
 }
 
@@ -213,7 +225,8 @@ TEST(Gemm, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
             for (int threads : {1, 2, 5}) {
               const std::vector<float> y = run_gemm(packed, x, num_tokens, isa, threads, true, bf16_values);
               ASSERT_EQ(0, std::memcmp(y.data(), one_by_one.data(), y.size() * 4))
-                  << cpu_isa_name(isa) << " " << format_name(format) << " " << num_tokens << " tokens, " << threads << " threads";
+                  << cpu_isa_name(isa) << " " << format_name(format) << " " << num_tokens << " tokens, " << threads
+                  << " threads";
             }
           }
         }
@@ -303,7 +316,8 @@ TEST(GemmPack, PackedPanelsHoldTheStoredCodesAndZeroPadding) {
 
 TEST(GemmPack, ProgressReachesTheTotalAndOnlyNvfp4IsPacked) {
   std::mt19937 rng(8);
-  OwnedWeight a = random_weight(rng, WeightFormat::kNvfp4, 64, 256), b = random_weight(rng, WeightFormat::kBf16, 64, 256);
+  OwnedWeight a = random_weight(rng, WeightFormat::kNvfp4, 64, 256),
+              b = random_weight(rng, WeightFormat::kBf16, 64, 256);
   ThreadPool pool(2);
   Weight* list[] = {&a.weight, &b.weight};
   int64_t last = 0, total = 0;

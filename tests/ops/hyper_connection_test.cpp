@@ -18,8 +18,9 @@ TEST(HyperConnection, SplitReproducesTheVectorOfTheSpecification) {  // spec 2.6
   hc_split(m, {nullptr, scale, base}, shape, pre, post, comb);
   const float expected_pre[4] = {0.5621775f, 0.4133834f, 0.5866186f, 0.5744435f};
   const float expected_post[4] = {1.1973753f, 1.4218990f, 0.4629504f, 0.0862145f};
-  const float expected_comb[16] = {0.0563691f, 0.0785706f, 0.4577150f, 0.4073443f, 0.4318935f, 0.0814738f, 0.0642356f, 0.4223960f,
-                                   0.4527213f, 0.2321474f, 0.3017595f, 0.0133708f, 0.0590150f, 0.6078072f, 0.1762889f, 0.1568879f};
+  const float expected_comb[16] = {0.0563691f, 0.0785706f, 0.4577150f, 0.4073443f, 0.4318935f, 0.0814738f,
+                                   0.0642356f, 0.4223960f, 0.4527213f, 0.2321474f, 0.3017595f, 0.0133708f,
+                                   0.0590150f, 0.6078072f, 0.1762889f, 0.1568879f};
   for (int i = 0; i < 4; ++i) {
     EXPECT_NEAR(pre[i], expected_pre[i], 2e-6f);
     EXPECT_NEAR(post[i], expected_post[i], 2e-6f);
@@ -56,7 +57,8 @@ TEST(HyperConnection, FastPathsMatchTheReference) {
     const HcShape shape{kTokens, kHidden, num_hc, 20, 1e-6f, 1e-6f, false};
     ThreadPool pool(2);
     const auto run = [&](CpuIsa isa) {
-      std::vector<float> y(kTokens * kHidden), post(kTokens * num_hc), comb(kTokens * num_hc * num_hc), head(kTokens * kHidden);
+      std::vector<float> y(kTokens * kHidden), post(kTokens * num_hc), comb(kTokens * num_hc * num_hc),
+          head(kTokens * kHidden);
       const HcParams params{fn.data(), scale.data(), base.data()};
       hc_pre(shape, params, streams.data(), y.data(), post.data(), comb.data(), {pool, isa});
       hc_head(shape, params, streams.data(), head.data(), {pool, isa});

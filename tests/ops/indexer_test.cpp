@@ -14,16 +14,25 @@ struct Selection {
   std::vector<float> margin;
 };
 
-Selection run_indexer(const std::vector<float>& keys, int dim, const std::vector<float>& q, const std::vector<float>& weight,
-                int num_heads, int topk, int64_t first_position, int64_t num_tokens, CpuIsa isa) {
+Selection run_indexer(const std::vector<float>& keys, int dim, const std::vector<float>& q,
+                      const std::vector<float>& weight, int num_heads, int topk, int64_t first_position,
+                      int64_t num_tokens, CpuIsa isa) {
   const IndexKeyLayout layout{IndexFormat::kF32, dim};
   PagedRows rows(layout.row_bytes());
   for (size_t j = 0; j < keys.size() / dim; ++j) encode_index_key(layout, &keys[j * dim], rows.append());
   ThreadPool pool(2);
   Selection run{std::vector<int32_t>(num_tokens * topk, 77), std::vector<float>(num_tokens)};
-  indexer({.q = q.data(), .head_weight = weight.data(), .keys = rows.view(), .layout = layout, .selected = run.selected.data(),
-           .margin = run.margin.data(), .first_position = first_position, .num_tokens = num_tokens, .num_heads = num_heads,
-           .topk = topk, .compress_ratio = 4},
+  indexer({.q = q.data(),
+           .head_weight = weight.data(),
+           .keys = rows.view(),
+           .layout = layout,
+           .selected = run.selected.data(),
+           .margin = run.margin.data(),
+           .first_position = first_position,
+           .num_tokens = num_tokens,
+           .num_heads = num_heads,
+           .topk = topk,
+           .compress_ratio = 4},
           {pool, isa});
   return run;
 }
@@ -31,7 +40,8 @@ Selection run_indexer(const std::vector<float>& keys, int dim, const std::vector
 TEST(Indexer, SelectsTheBestVisibleRowsByReluScore) {
   constexpr int kDim = 16, kHeads = 3, kTopk = 5;
   constexpr int64_t kFirst = 400, kTokens = 3;
-  const auto keys = random_floats(101 * kDim, 1), q = random_floats(kTokens * kHeads * kDim, 2), w = random_floats(kTokens * kHeads, 3);
+  const auto keys = random_floats(101 * kDim, 1), q = random_floats(kTokens * kHeads * kDim, 2),
+             w = random_floats(kTokens * kHeads, 3);
   for (CpuIsa isa : {CpuIsa::kReference, best_cpu_isa()}) {
     const Selection run = run_indexer(keys, kDim, q, w, kHeads, kTopk, kFirst, kTokens, isa);
     for (int64_t t = 0; t < kTokens; ++t) {
@@ -40,7 +50,8 @@ TEST(Indexer, SelectsTheBestVisibleRowsByReluScore) {
         double score = 0;
         for (int h = 0; h < kHeads; ++h) {
           double dot = 0;
-          for (int i = 0; i < kDim; ++i) dot += static_cast<double>(q[(t * kHeads + h) * kDim + i]) * keys[j * kDim + i];
+          for (int i = 0; i < kDim; ++i)
+            dot += static_cast<double>(q[(t * kHeads + h) * kDim + i]) * keys[j * kDim + i];
           score += w[t * kHeads + h] * std::max(0.0, dot);
         }
         scored.push_back({-score, j});
@@ -49,7 +60,8 @@ TEST(Indexer, SelectsTheBestVisibleRowsByReluScore) {
       std::vector<int32_t> expected;
       for (int i = 0; i < kTopk; ++i) expected.push_back(scored[i].second);
       std::sort(expected.begin(), expected.end());
-      EXPECT_EQ(std::vector<int32_t>(run.selected.begin() + t * kTopk, run.selected.begin() + (t + 1) * kTopk), expected);
+      EXPECT_EQ(std::vector<int32_t>(run.selected.begin() + t * kTopk, run.selected.begin() + (t + 1) * kTopk),
+                expected);
       EXPECT_NEAR(run.margin[t], scored[kTopk].first - scored[kTopk - 1].first, 1e-4);
     }
   }

@@ -163,7 +163,8 @@ TEST(Moe, A4IsBitwiseEqualToReference) {
         for (const Layer* l : {&layer, &packed}) {
           const auto y = run_moe(*l, routing, x, num_tokens, kA4, false, isa, 2);
           ASSERT_EQ(0, std::memcmp(y.data(), expected.data(), y.size() * 4))
-              << cpu_isa_name(isa) << (l == &packed ? " packed" : "") << " hidden " << c.hidden << " tokens " << num_tokens;
+              << cpu_isa_name(isa) << (l == &packed ? " packed" : "") << " hidden " << c.hidden << " tokens "
+              << num_tokens;
         }
       }
     }
@@ -181,8 +182,10 @@ TEST(Moe, A4HandlesInfinityAndNanLikeTheReference) {
     for (CpuIsa isa : vector_isas()) {
       const auto y = run_moe(layer, routing, x, 2, kA4, false, isa, 1);
       for (size_t i = 0; i < y.size(); ++i) {
-        if (std::isnan(expected[i])) EXPECT_TRUE(std::isnan(y[i])) << i;
-        else EXPECT_EQ(y[i], expected[i]) << i;
+        if (std::isnan(expected[i]))
+          EXPECT_TRUE(std::isnan(y[i])) << i;
+        else
+          EXPECT_EQ(y[i], expected[i]) << i;
       }
     }
   }
@@ -201,7 +204,8 @@ TEST(Moe, ResultOfATokenDependsOnNeitherBatchNorThreadsNorPacking) {
       std::vector<float> one_by_one;
       for (int64_t t = 0; t < kTokens; ++t) {
         const Routing own{{routing.idx.begin() + 2 * t, routing.idx.begin() + 2 * t + 2},
-                          {routing.weights.begin() + 2 * t, routing.weights.begin() + 2 * t + 2}, 2};
+                          {routing.weights.begin() + 2 * t, routing.weights.begin() + 2 * t + 2},
+                          2};
         const std::vector<float> row(x.begin() + t * 96, x.begin() + (t + 1) * 96);
         const auto y = run_moe(layer, own, row, 1, precision, true, isa, 1);
         one_by_one.insert(one_by_one.end(), y.begin(), y.end());

@@ -84,14 +84,19 @@ inline OwnedWeight random_weight(std::mt19937& rng, WeightFormat format, int64_t
 
 inline std::string format_name(WeightFormat format) {
   switch (format) {
-    case WeightFormat::kF32: return "f32";
-    case WeightFormat::kBf16: return "bf16";
-    case WeightFormat::kFp8Block: return "fp8";
-    case WeightFormat::kNvfp4: return "nvfp4";
+    case WeightFormat::kF32:
+      return "f32";
+    case WeightFormat::kBf16:
+      return "bf16";
+    case WeightFormat::kFp8Block:
+      return "fp8";
+    case WeightFormat::kNvfp4:
+      return "nvfp4";
   }
   return "?";
 }
 
-constexpr WeightFormat kAllFormats[] = {WeightFormat::kF32, WeightFormat::kBf16, WeightFormat::kFp8Block, WeightFormat::kNvfp4};
+constexpr WeightFormat kAllFormats[] = {WeightFormat::kF32, WeightFormat::kBf16, WeightFormat::kFp8Block,
+                                        WeightFormat::kNvfp4};
 
 }  // namespace dsv4::test

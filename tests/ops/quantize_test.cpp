@@ -19,7 +19,8 @@
 namespace dsv4::test {
 namespace {
 
-constexpr GlobalMode kAllGlobals[] = {GlobalMode::kOne, GlobalMode::kGiven, GlobalMode::kPerRow, GlobalMode::kComputeRow};
+constexpr GlobalMode kAllGlobals[] = {GlobalMode::kOne, GlobalMode::kGiven, GlobalMode::kPerRow,
+                                      GlobalMode::kComputeRow};
 
 // Rows of very different size with zeros of both signs; every seventh row is all zeros.
 std::vector<float> test_rows(uint32_t seed, int64_t rows, int64_t cols) {
@@ -49,7 +50,8 @@ struct Results {
   std::vector<float> globals, row_global;
   QuantizedRows out;
 
-  Results(int64_t rows, int64_t cols, RowFormat format, GlobalMode mode, SfLayout layout = SfLayout::kLinear, bool with_y = false, int64_t matrix_rows = 0) {
+  Results(int64_t rows, int64_t cols, RowFormat format, GlobalMode mode, SfLayout layout = SfLayout::kLinear,
+          bool with_y = false, int64_t matrix_rows = 0) {
     out.format = format;
     out.global_mode = mode;
     out.sf_layout = layout;
@@ -67,10 +69,14 @@ struct Results {
   }
   float global_of(int64_t row) const {
     switch (out.global_mode) {
-      case GlobalMode::kOne: return 1.0f;
-      case GlobalMode::kGiven: return globals[0];
-      case GlobalMode::kPerRow: return globals[static_cast<size_t>(row)];
-      case GlobalMode::kComputeRow: return row_global[static_cast<size_t>(row)];
+      case GlobalMode::kOne:
+        return 1.0f;
+      case GlobalMode::kGiven:
+        return globals[0];
+      case GlobalMode::kPerRow:
+        return globals[static_cast<size_t>(row)];
+      case GlobalMode::kComputeRow:
+        return row_global[static_cast<size_t>(row)];
     }
     return 0.0f;
   }
@@ -126,7 +132,8 @@ TEST_F(Quantize, Bf16AndBinary32RowsOfEqualValueGiveEqualBytes) {
 TEST_F(Quantize, TiledScalesAreTheLinearOnesMovedAndPaddingIsZero) {
   constexpr int64_t kCols = 80, kGroups = kCols / 16, kMatrixRows = 130, kMatrices = 2, kRows = kMatrixRows * kMatrices;
   const std::vector<float> x = test_rows(3, kRows, kCols);
-  Results linear(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kOne), tiled(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4, false, kMatrixRows);
+  Results linear(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kOne),
+      tiled(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4, false, kMatrixRows);
   quantize(x, kRows, kCols, linear);
   quantize(x, kRows, kCols, tiled);
   EXPECT_EQ(linear.codes, tiled.codes);
@@ -148,7 +155,8 @@ TEST_F(Quantize, DecodingIsWithinHalfAStepOfTheInput) {
       quantize(x, kRows, kCols, q);
       std::vector<float> y(x.size());
       DequantizeArgs args{};
-      args.codes = q.codes.data(), args.sf = q.sf.data(), args.global = q.row_global.data(), args.y = y.data(), args.y_is_f32 = true;
+      args.codes = q.codes.data(), args.sf = q.sf.data(), args.global = q.row_global.data(), args.y = y.data(),
+      args.y_is_f32 = true;
       args.global_mode = mode == GlobalMode::kOne ? GlobalMode::kOne : GlobalMode::kPerRow;
       args.sf_layout = layout, args.num_rows = args.num_out = kRows, args.cols = kCols;
       dequantize_rows(args, context_);
@@ -190,7 +198,8 @@ TEST_F(Quantize, Fp8BlocksAreTheCodecs) {
     ASSERT_EQ(q.sf[b], scale);
     for (int64_t i = b * 128; i < (b + 1) * 128; ++i) {
       ASSERT_EQ(q.codes[i], encode_fp8_block_element(x[i], scale));
-      ASSERT_LE(std::abs(decode_fp8_block_element(q.codes[i], scale) - x[i]), std::max(std::abs(x[i]) / 16, decode_ue8m0(scale) * 0x1p-10f));
+      ASSERT_LE(std::abs(decode_fp8_block_element(q.codes[i], scale) - x[i]),
+                std::max(std::abs(x[i]) / 16, decode_ue8m0(scale) * 0x1p-10f));
     }
   }
 }
@@ -201,7 +210,8 @@ TEST_F(Quantize, NormRoundsOnceToBf16AndThenQuantises) {
   std::mt19937 rng(7);
   const std::vector<bf16> input = to_bf16(x), weight = to_bf16(random_floats(rng, kCols, 1.0f, true));
   for (const GlobalMode mode : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
-    Results fused(kRows, kCols, RowFormat::kNvfp4, mode, SfLayout::kLinear, true), unfused(kRows, kCols, RowFormat::kNvfp4, mode);
+    Results fused(kRows, kCols, RowFormat::kNvfp4, mode, SfLayout::kLinear, true),
+        unfused(kRows, kCols, RowFormat::kNvfp4, mode);
     quantize_rows(QuantizeArgs{input.data(), false, weight.data(), 1e-6f, kRows, kCols, kCols, fused.out}, context_);
     for (int64_t r = 0; r < kRows; ++r) {
       double sum = 0;
@@ -223,16 +233,20 @@ TEST_F(Quantize, NormRoundsOnceToBf16AndThenQuantises) {
 TEST_F(Quantize, FusedSwigluEqualsSwigluThenQuantise) {
   constexpr int64_t kRows = 8, kCols = 128, kStride = 136;
   std::mt19937 rng(8);
-  const std::vector<bf16> gate = to_bf16(random_floats(rng, kRows * kStride, 6.0f, true)), up = to_bf16(random_floats(rng, kRows * kStride, 6.0f, true));
+  const std::vector<bf16> gate = to_bf16(random_floats(rng, kRows * kStride, 6.0f, true)),
+                          up = to_bf16(random_floats(rng, kRows * kStride, 6.0f, true));
   const std::vector<float> rho = random_floats(rng, kRows, 1.0f, false);
   for (const bool weighted : {true, false})
     for (const RowFormat format : {RowFormat::kNvfp4, RowFormat::kFp8, RowFormat::kBf16}) {
       std::vector<float> h(kRows * kCols);
       for (int64_t r = 0; r < kRows; ++r)
         for (int64_t c = 0; c < kCols; ++c)
-          h[r * kCols + c] = swiglu(decode_bf16(gate[r * kStride + c]), decode_bf16(up[r * kStride + c]), weighted ? rho[r] : 1.0f, 10.0f);
+          h[r * kCols + c] = swiglu(decode_bf16(gate[r * kStride + c]), decode_bf16(up[r * kStride + c]),
+                                    weighted ? rho[r] : 1.0f, 10.0f);
       Results fused(kRows, kCols, format, GlobalMode::kOne), unfused(kRows, kCols, format, GlobalMode::kOne);
-      swiglu_quantize(SwigluQuantizeArgs{gate.data(), up.data(), weighted ? rho.data() : nullptr, 10.0f, kRows, kCols, kStride, fused.out}, context_);
+      swiglu_quantize(SwigluQuantizeArgs{gate.data(), up.data(), weighted ? rho.data() : nullptr, 10.0f, kRows, kCols,
+                                         kStride, fused.out},
+                      context_);
       quantize(h, kRows, kCols, unfused);
       EXPECT_EQ(fused.codes, unfused.codes);
       EXPECT_EQ(fused.sf, unfused.sf);
@@ -249,7 +263,8 @@ TEST_F(Quantize, VectorSwigluHasTheBitsOfTheDefinition) {
         gate[bits] = decode_bf16({static_cast<uint16_t>(bits)});
         up[bits] = static_cast<float>(static_cast<int>(bits * 7919 % 4001) - 2000) / 128.0f;
       }
-      panel_kernels(isa)->swiglu(gate.data(), up.data(), 0.37f, limit, false, false, static_cast<int64_t>(gate.size()), got.data());
+      panel_kernels(isa)->swiglu(gate.data(), up.data(), 0.37f, limit, false, false, static_cast<int64_t>(gate.size()),
+                                 got.data());
       int different = 0;
       for (size_t i = 0; i < gate.size(); ++i) {
         const float want = swiglu(gate[i], up[i], 0.37f, limit);
@@ -272,13 +287,17 @@ TEST_F(Quantize, InverseRopeUndoesTheRotationAndGroupsHeads) {
   for (int64_t t = 0; t < kTokens; ++t) {
     positions.push_back(static_cast<int32_t>(t * 9 + 1));
     const float* cos = &table[positions.back() * kRopeDim];
-    for (int h = 0; h < kHeads; ++h) rope_rotate(&rotated[(t * kHeads + h) * kHeadDim + kHeadDim - kRopeDim], cos, cos + kRopeDim / 2, kRopeDim / 2, RopeDirection::kForward);
+    for (int h = 0; h < kHeads; ++h)
+      rope_rotate(&rotated[(t * kHeads + h) * kHeadDim + kHeadDim - kRopeDim], cos, cos + kRopeDim / 2, kRopeDim / 2,
+                  RopeDirection::kForward);
   }
   constexpr int64_t kCols = kHeadsPerGroup * kHeadDim, kRows = kTokens * kHeads / kHeadsPerGroup;
   const std::vector<bf16> input = to_bf16(rotated);
-  Results plain(kRows, kCols, RowFormat::kBf16, GlobalMode::kOne), fused(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kComputeRow),
+  Results plain(kRows, kCols, RowFormat::kBf16, GlobalMode::kOne),
+      fused(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kComputeRow),
       unfused(kRows, kCols, RowFormat::kNvfp4, GlobalMode::kComputeRow);
-  InverseRopeQuantizeArgs args{input.data(), table.data(), positions.data(), kTokens, kHeads, kHeadDim, kRopeDim, kHeadsPerGroup, plain.out};
+  InverseRopeQuantizeArgs args{input.data(), table.data(), positions.data(), kTokens,  kHeads,
+                               kHeadDim,     kRopeDim,     kHeadsPerGroup,   plain.out};
   inverse_rope_quantize(args, context_);
   for (int64_t row = 0; row < kRows; ++row)
     for (int64_t c = 0; c < kCols; ++c) {
@@ -305,9 +324,11 @@ TEST_F(Quantize, GatheredRowsAreTheDenseOnesAndBadIndicesAreCountedAndZero) {
       quantize(x, kRows, kCols, q);
       std::vector<bf16> dense(kRows * kCols), gathered(rows.size() * kCols, bf16{0xa5a5});
       int32_t bad = 10;
-      DequantizeArgs args{q.codes.data(), q.sf.data(), q.globals.data(), nullptr, nullptr, dense.data(), false, mode, layout, kRows, kRows, kCols};
+      DequantizeArgs args{q.codes.data(), q.sf.data(), q.globals.data(), nullptr, nullptr, dense.data(),
+                          false,          mode,        layout,           kRows,   kRows,   kCols};
       dequantize_rows(args, context_);
-      args.rows = rows.data(), args.bad_rows = &bad, args.y = gathered.data(), args.num_out = static_cast<int64_t>(rows.size());
+      args.rows = rows.data(), args.bad_rows = &bad, args.y = gathered.data(),
+      args.num_out = static_cast<int64_t>(rows.size());
       dequantize_rows(args, context_);
       EXPECT_EQ(bad, 12);
       for (size_t i = 0; i < rows.size(); ++i)

@@ -19,10 +19,18 @@ TEST(Rope, FrequenciesAreThoseOfTheSpecification) {  // spec 3.3
   const RopeFreqs plain = make_rope_freqs(64, 10000, nullptr);
   const YarnParams yarn{16, 65536, 32, 1};
   const RopeFreqs compressed = make_rope_freqs(64, 160000, &yarn);
-  const struct { int i; float plain, compressed; } rows[] = {
-      {0, 1.0f, 1.0f},                   {1, 7.498942e-1f, 6.876560e-1f},   {8, 1.0e-1f, 5.0e-2f},
-      {15, 1.333521e-2f, 3.635539e-3f},  {16, 1.0e-2f, 2.265625e-3f},       {20, 3.162278e-3f, 2.969778e-4f},
-      {24, 1.0e-3f, 1.953125e-5f},       {25, 7.498942e-4f, 5.372313e-6f},  {31, 1.333521e-4f, 5.680529e-7f}};
+  const struct {
+    int i;
+    float plain, compressed;
+  } rows[] = {{0, 1.0f, 1.0f},
+              {1, 7.498942e-1f, 6.876560e-1f},
+              {8, 1.0e-1f, 5.0e-2f},
+              {15, 1.333521e-2f, 3.635539e-3f},
+              {16, 1.0e-2f, 2.265625e-3f},
+              {20, 3.162278e-3f, 2.969778e-4f},
+              {24, 1.0e-3f, 1.953125e-5f},
+              {25, 7.498942e-4f, 5.372313e-6f},
+              {31, 1.333521e-4f, 5.680529e-7f}};
   for (const auto& row : rows) {
     EXPECT_NEAR(plain.freqs[row.i] / row.plain, 1.0f, 2e-6f) << row.i;
     EXPECT_NEAR(compressed.freqs[row.i] / row.compressed, 1.0f, 2e-6f) << row.i;
@@ -61,12 +69,19 @@ TEST(RmsNorm, IsOneRoundingOfTheDefinition) {
 }
 
 TEST(Router, ScoreFunctionHasTheValuesOfTheSpecification) {  // spec 4.1: sqrt(softplus(z))
-  const float z[6] = {-10, -1, 0, 0.5f, 3, 25}, expected[6] = {0.00673787f, 0.55969788f, 0.83255461f, 0.98695339f, 1.74602043f, 5};
+  const float z[6] = {-10, -1, 0, 0.5f, 3, 25},
+              expected[6] = {0.00673787f, 0.55969788f, 0.83255461f, 0.98695339f, 1.74602043f, 5};
   ThreadPool pool(1);
   int32_t idx[6];
   float weights[6];
-  router({.logits = z, .topk_idx = idx, .topk_weights = weights, .num_tokens = 1, .num_experts = 6, .num_topk = 6,
-          .scaling_factor = 1, .normalise = false},
+  router({.logits = z,
+          .topk_idx = idx,
+          .topk_weights = weights,
+          .num_tokens = 1,
+          .num_experts = 6,
+          .num_topk = 6,
+          .scaling_factor = 1,
+          .normalise = false},
          {pool, CpuIsa::kReference});
   for (int i = 0; i < 6; ++i) EXPECT_NEAR(weights[i], expected[i], 2e-6f * expected[i] + 1e-8f);
 }
@@ -76,8 +91,16 @@ TEST(Router, BiasChoosesButDoesNotWeigh) {
   ThreadPool pool(1);
   int32_t idx[2];
   float weights[2], margin = 0;
-  router({.logits = logits, .bias = bias, .topk_idx = idx, .topk_weights = weights, .margin = &margin, .num_tokens = 1,
-          .num_experts = 4, .num_topk = 2, .scaling_factor = 1.5f, .normalise = true},
+  router({.logits = logits,
+          .bias = bias,
+          .topk_idx = idx,
+          .topk_weights = weights,
+          .margin = &margin,
+          .num_tokens = 1,
+          .num_experts = 4,
+          .num_topk = 2,
+          .scaling_factor = 1.5f,
+          .normalise = true},
          {pool, CpuIsa::kReference});
   EXPECT_EQ(idx[0], 0);
   EXPECT_EQ(idx[1], 3);
@@ -92,8 +115,14 @@ TEST(Router, TiesGoToTheLowestExpertAndHashLayersFollowTheirTable) {
   ThreadPool pool(1);
   int32_t idx[4];
   float weights[4];
-  RouterArgs args{.logits = logits, .topk_idx = idx, .topk_weights = weights, .num_tokens = 2, .num_experts = 4, .num_topk = 2,
-                  .scaling_factor = 1, .normalise = true};
+  RouterArgs args{.logits = logits,
+                  .topk_idx = idx,
+                  .topk_weights = weights,
+                  .num_tokens = 2,
+                  .num_experts = 4,
+                  .num_topk = 2,
+                  .scaling_factor = 1,
+                  .normalise = true};
   router(args, {pool, CpuIsa::kReference});
   EXPECT_EQ(std::vector<int32_t>(idx, idx + 4), (std::vector<int32_t>{0, 1, 0, 3}));
   args.hash_table = table;

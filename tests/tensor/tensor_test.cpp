@@ -12,9 +12,9 @@
 namespace dsv4 {
 namespace {
 
-constexpr DType kAll[] = {DType::kBool, DType::kU8,     DType::kI8,     DType::kI16,    DType::kU16, DType::kI32,
-                          DType::kU32,  DType::kI64,    DType::kU64,    DType::kF8E4M3, DType::kF8E5M2, DType::kF8E8M0,
-                          DType::kF16,  DType::kBf16,   DType::kF32,    DType::kF64};
+constexpr DType kAll[] = {DType::kBool, DType::kU8,   DType::kI8,  DType::kI16,    DType::kU16,    DType::kI32,
+                          DType::kU32,  DType::kI64,  DType::kU64, DType::kF8E4M3, DType::kF8E5M2, DType::kF8E8M0,
+                          DType::kF16,  DType::kBf16, DType::kF32, DType::kF64};
 
 TEST(DType, NamesAreThoseOfSafetensorsAndReadBack) {
   std::set<std::string_view> names;
@@ -42,7 +42,8 @@ TEST(DType, SizesMatchTheNames) {
 }
 
 TEST(DType, UnknownNamesAreNotGuessed) {
-  for (const char* name : {"", "f32", "F32 ", "F8", "F8_E4M3FN", "FLOAT", "BF16x"}) EXPECT_FALSE(dtype_from_name(name)) << name;
+  for (const char* name : {"", "f32", "F32 ", "F8", "F8_E4M3FN", "FLOAT", "BF16x"})
+    EXPECT_FALSE(dtype_from_name(name)) << name;
 }
 
 TEST(Shape, PrintsAndCounts) {

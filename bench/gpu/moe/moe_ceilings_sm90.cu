@@ -35,7 +35,8 @@ __global__ void read_chunks(const uint4* p, int64_t n, uint32_t* sink) {  // one
 }
 
 // How fast bulk copies into a ring of shared memory go: `chunk` bytes each, `stages` in flight per thread that copies.
-__global__ void __launch_bounds__(128) ring_copy(const uint8_t* data, int64_t bytes, int chunk, int stages, int run, int issuers, bool evict_first) {
+__global__ void __launch_bounds__(128)
+    ring_copy(const uint8_t* data, int64_t bytes, int chunk, int stages, int run, int issuers, bool evict_first) {
   extern __shared__ __align__(128) uint8_t ring[];
   __shared__ uint64_t full[64];
   const int issuer = threadIdx.x / 32;
@@ -110,11 +111,11 @@ MoeCeilings measure_moe_ceilings() {
     double best = 1e9;
     for (const int blocks : {528, 1056, 2112}) {
       best = std::min(best, moe_median_us(stream, flush, 1, 20, 0.05, [&](int, cudaStream_t s) {
-        read_bytes<<<blocks, 256, 0, s>>>(data.as<uint4>(), bytes / 16, flush.as<uint32_t>());
-      }));
+                        read_bytes<<<blocks, 256, 0, s>>>(data.as<uint4>(), bytes / 16, flush.as<uint32_t>());
+                      }));
       best = std::min(best, moe_median_us(stream, flush, 1, 20, 0.05, [&](int, cudaStream_t s) {
-        read_chunks<<<blocks, 512, 0, s>>>(data.as<uint4>(), bytes / 16, flush.as<uint32_t>());
-      }));
+                        read_chunks<<<blocks, 512, 0, s>>>(data.as<uint4>(), bytes / 16, flush.as<uint32_t>());
+                      }));
     }
     return bytes / best * 1e-3;
   };
@@ -142,17 +143,21 @@ int run_moe_copies() {
     int chunk, kib, run, issuers, per_sm;
     bool evict;
   };
-  for (const Case c : {Case{9216, 128, 16, 1, 1, true}, Case{9216, 128, 16, 1, 1, false}, Case{9216, 64, 16, 1, 1, false}, Case{9216, 200, 16, 1, 1, false},
-                       Case{4608, 128, 32, 1, 1, false}, Case{2304, 128, 64, 1, 1, false}, Case{18432, 200, 8, 1, 1, false},
-                       Case{9216, 200, 16, 2, 1, false}, Case{4608, 200, 32, 4, 1, false}, Case{9216, 100, 16, 1, 2, false}, Case{4608, 100, 32, 1, 2, false},
-                       Case{9216, 200, 1, 1, 1, false}, Case{2048, 128, 72, 1, 1, false}, Case{8192, 200, 18, 1, 1, false}, Case{9216, 200, 256, 1, 1, false}}) {
+  for (const Case c :
+       {Case{9216, 128, 16, 1, 1, true}, Case{9216, 128, 16, 1, 1, false}, Case{9216, 64, 16, 1, 1, false},
+        Case{9216, 200, 16, 1, 1, false}, Case{4608, 128, 32, 1, 1, false}, Case{2304, 128, 64, 1, 1, false},
+        Case{18432, 200, 8, 1, 1, false}, Case{9216, 200, 16, 2, 1, false}, Case{4608, 200, 32, 4, 1, false},
+        Case{9216, 100, 16, 1, 2, false}, Case{4608, 100, 32, 1, 2, false}, Case{9216, 200, 1, 1, 1, false},
+        Case{2048, 128, 72, 1, 1, false}, Case{8192, 200, 18, 1, 1, false}, Case{9216, 200, 256, 1, 1, false}}) {
     const int stages = std::min(64 / c.issuers, c.kib * 1024 / c.chunk / c.issuers);
     for (const int64_t bytes : {int64_t{621} << 20, data.bytes()}) {
       const double us = moe_median_us(stream, flush, 1, 15, 0.03, [&](int, cudaStream_t s) {
-        ring_copy<<<132 * c.per_sm, 128, c.per_sm == 1 ? 220 * 1024 : 105 * 1024, s>>>(data.as<uint8_t>(), bytes, c.chunk, stages, c.run, c.issuers, c.evict);
+        ring_copy<<<132 * c.per_sm, 128, c.per_sm == 1 ? 220 * 1024 : 105 * 1024, s>>>(
+            data.as<uint8_t>(), bytes, c.chunk, stages, c.run, c.issuers, c.evict);
       });
-      printf("ring copy chunk %5d in flight %3d KiB run %3d issuers %d CTAs/SM %d %s: %4lld MB %7.1f us %5.0f GB/s\n", c.chunk, stages * c.issuers * c.chunk * c.per_sm / 1024,
-             c.run, c.issuers, c.per_sm, c.evict ? "evict-first" : "normal     ", (long long)(bytes >> 20), us, bytes / us * 1e-3);
+      printf("ring copy chunk %5d in flight %3d KiB run %3d issuers %d CTAs/SM %d %s: %4lld MB %7.1f us %5.0f GB/s\n",
+             c.chunk, stages * c.issuers * c.chunk * c.per_sm / 1024, c.run, c.issuers, c.per_sm,
+             c.evict ? "evict-first" : "normal     ", (long long)(bytes >> 20), us, bytes / us * 1e-3);
     }
   }
   return 0;

@@ -10,7 +10,8 @@ namespace {
 using namespace dsv4::testing;
 
 // One case, three times with poisoned output: every element inside its bounds and the same bits each time.
-bool check_case(const ExpertSet& m, int64_t tokens, Routing routing, uint64_t seed, const Tier& tier, cudaStream_t stream, bool verbose) {
+bool check_case(const ExpertSet& m, int64_t tokens, Routing routing, uint64_t seed, const Tier& tier,
+                cudaStream_t stream, bool verbose) {
   const CaseShape& s = m.shape;
   const Layer l = make_layer(s, tokens, routing, seed, seed % 2 == 0, stream);
   const MoePlan plan = make_plan(s, tokens, tier);
@@ -23,14 +24,17 @@ bool check_case(const ExpertSet& m, int64_t tokens, Routing routing, uint64_t se
     run_layer(m, l, tier, plan, workspace, stream);
     DSV4_CUDA(cudaStreamSynchronize(stream));
     if (tokens == 0) return true;
-    if (run == 0) gpu::copy_on_device(first.data(), l.y.data(), l.y.bytes(), stream);
-    else changed += differences(first.data(), l.y.data(), tokens * s.hidden, stream);
+    if (run == 0)
+      gpu::copy_on_device(first.data(), l.y.data(), l.y.bytes(), stream);
+    else
+      changed += differences(first.data(), l.y.data(), tokens * s.hidden, stream);
   }
   const Comparison c = compare(l.y.as<bf16>(), make_reference(m.linear(), l, tier.act, stream), s.hidden, stream);
   const bool ok = c.outside == 0 && changed == 0;
   if (verbose || !ok)
-    printf("%s %-6s T=%-5lld %-10s %-8s %s error %.2e, bound %.2e, outside %llu, changed %llu\n", ok ? "ok  " : "FAIL", s.name, (long long)tokens,
-           kRoutingNames[int(routing)], tier.name.c_str(), tier.act == ActFormat::kBf16 ? "a16" : "a4", c.relative, c.width, c.outside, changed);
+    printf("%s %-6s T=%-5lld %-10s %-8s %s error %.2e, bound %.2e, outside %llu, changed %llu\n", ok ? "ok  " : "FAIL",
+           s.name, (long long)tokens, kRoutingNames[int(routing)], tier.name.c_str(),
+           tier.act == ActFormat::kBf16 ? "a16" : "a4", c.relative, c.width, c.outside, changed);
   fflush(stdout);
   return ok;
 }
@@ -45,8 +49,10 @@ int run_moe_check(uint64_t seed) {
     const ExpertSet m = make_experts(s, seed, ScaleRange::kAll, stream.get());
     DSV4_GPU_REQUIRE("moe_bench", m.wrong_weights == 0, "%llu packed weights decode to another value", m.wrong_weights);
     const bool big = s.hidden >= 4096;
-    for (const int64_t tokens : big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
-      for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles, Routing::kNone, Routing::kDuplicates}) {
+    for (const int64_t tokens :
+         big ? std::vector<int64_t>{1, 8, 64, 300} : std::vector<int64_t>{0, 1, 2, 7, 33, 96, 129, 700})
+      for (const Routing routing : {Routing::kUniform, Routing::kZipf, Routing::kOneExpert, Routing::kHoles,
+                                    Routing::kNone, Routing::kDuplicates}) {
         if (big && tokens > 64 && routing != Routing::kZipf && routing != Routing::kOneExpert) continue;
         for (const Tier& tier : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}}) {
           if (!tier_can_run(s, tokens, tier)) continue;
@@ -81,7 +87,8 @@ int run_moe_fuzz(int n, const std::string& shape) {
       run_layer(m, l, tier, make_plan(s, tokens, tier), workspace, stream.get());
       const Comparison c = compare(l.y.as<bf16>(), ref, s.hidden, stream.get());
       if (c.outside) {
-        printf("FAIL case %d T=%lld %s %s: error %.3e, outside %llu\n", i, (long long)tokens, kRoutingNames[(r >> 40) % 6], tier.name.c_str(), c.relative, c.outside);
+        printf("FAIL case %d T=%lld %s %s: error %.3e, outside %llu\n", i, (long long)tokens,
+               kRoutingNames[(r >> 40) % 6], tier.name.c_str(), c.relative, c.outside);
         ++failed;
       }
     }

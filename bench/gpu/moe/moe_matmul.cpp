@@ -31,7 +31,8 @@ struct Library {
 Library open_library() {
   std::vector<std::string> paths;
   if (const char* named = std::getenv("DSV4_CUBLASLT")) paths.push_back(named);
-  for (const char* path : {"libcublasLt.so.13", "/usr/local/cuda/lib64/libcublasLt.so.13", "/usr/local/cuda-13.0/lib/libcublasLt.so.13"})
+  for (const char* path :
+       {"libcublasLt.so.13", "/usr/local/cuda/lib64/libcublasLt.so.13", "/usr/local/cuda-13.0/lib/libcublasLt.so.13"})
     paths.push_back(path);
   for (const std::string& path : paths)
     if (void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL)) return {handle, path};
@@ -52,8 +53,10 @@ double measure_bf16_matmul(int n, const gpu::Stream& stream, std::string* librar
   const auto desc_create = library.function<decltype(cublasLtMatmulDescCreate)>("cublasLtMatmulDescCreate");
   const auto desc_set = library.function<decltype(cublasLtMatmulDescSetAttribute)>("cublasLtMatmulDescSetAttribute");
   const auto layout_create = library.function<decltype(cublasLtMatrixLayoutCreate)>("cublasLtMatrixLayoutCreate");
-  const auto preference_create = library.function<decltype(cublasLtMatmulPreferenceCreate)>("cublasLtMatmulPreferenceCreate");
-  const auto preference_set = library.function<decltype(cublasLtMatmulPreferenceSetAttribute)>("cublasLtMatmulPreferenceSetAttribute");
+  const auto preference_create =
+      library.function<decltype(cublasLtMatmulPreferenceCreate)>("cublasLtMatmulPreferenceCreate");
+  const auto preference_set =
+      library.function<decltype(cublasLtMatmulPreferenceSetAttribute)>("cublasLtMatmulPreferenceSetAttribute");
   const auto heuristic = library.function<decltype(cublasLtMatmulAlgoGetHeuristic)>("cublasLtMatmulAlgoGetHeuristic");
   const auto matmul = library.function<decltype(cublasLtMatmul)>("cublasLtMatmul");
 
@@ -63,7 +66,8 @@ double measure_bf16_matmul(int n, const gpu::Stream& stream, std::string* librar
   // Descriptors live as long as the process: a bench makes few.
   cublasLtMatmulDesc_t desc = nullptr;
   check(desc_create(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-  const cublasOperation_t transpose = CUBLAS_OP_T;  // both operands with their contraction axis contiguous, as weights are
+  const cublasOperation_t transpose =
+      CUBLAS_OP_T;  // both operands with their contraction axis contiguous, as weights are
   check(desc_set(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose), "set TRANSA");
   cublasLtMatrixLayout_t in = nullptr, out = nullptr;
   const uint64_t size = static_cast<uint64_t>(n);
@@ -76,18 +80,20 @@ double measure_bf16_matmul(int n, const gpu::Stream& stream, std::string* librar
   fill_random_bf16(b.data(), elements, 2, stream.get());
   cublasLtMatmulPreference_t preference = nullptr;
   check(preference_create(&preference), "cublasLtMatmulPreferenceCreate");
-  check(preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes), "set workspace");
+  check(preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes),
+        "set workspace");
   cublasLtMatmulHeuristicResult_t found[4];
   int count = 0;
-  check(heuristic(handle.get(), desc, in, in, out, out, preference, 4, found, &count), "cublasLtMatmulAlgoGetHeuristic");
+  check(heuristic(handle.get(), desc, in, in, out, out, preference, 4, found, &count),
+        "cublasLtMatmulAlgoGetHeuristic");
   if (count == 0) throw_resource("cuBLASLt has no algorithm for {}^3 in BF16", n);
 
   const float one = 1.0f, zero = 0.0f;
   double best = 0;
   for (int i = 0; i < count; ++i) {
     const auto call = [&] {
-      check(matmul(handle.get(), desc, &one, a.data(), in, b.data(), in, &zero, d.data(), out, d.data(), out, &found[i].algo, workspace.data(),
-                   workspace_bytes, stream.get()),
+      check(matmul(handle.get(), desc, &one, a.data(), in, b.data(), in, &zero, d.data(), out, d.data(), out,
+                   &found[i].algo, workspace.data(), workspace_bytes, stream.get()),
             "cublasLtMatmul");
     };
     const auto start = std::chrono::steady_clock::now();

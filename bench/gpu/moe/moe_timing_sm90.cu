@@ -23,7 +23,8 @@ template <class Traits>
 void launch_mode(void (*kernel)(sm90::MoeStreamArgs), const sm90::MoeStreamArgs& args, int ctas, cudaStream_t stream) {
   gpu::allow_smem(kernel, Traits::kSmemBytes);
   gpu::LaunchConfig config;
-  config.grid = ctas, config.block = Traits::kThreads, config.smem_bytes = Traits::kSmemBytes, config.stream = stream, config.dependent = true;
+  config.grid = ctas, config.block = Traits::kThreads, config.smem_bytes = Traits::kSmemBytes, config.stream = stream,
+  config.dependent = true;
   gpu::launch(kernel, config, args);
 }
 
@@ -35,8 +36,10 @@ sm90::MoeStreamArgs stream_args(const ExpertSet& m, const Layer& l, const Tier& 
   a.shape = m.shape.kernel_shape();
   a.x = l.x.as<bf16>(), a.topk_idx = l.idx.as<int32_t>(), a.topk_weights = l.rho.as<float>(), a.y = l.y.as<bf16>();
   a.h = reinterpret_cast<bf16*>(base + layout.h), a.slot_y = reinterpret_cast<bf16*>(base + layout.slot_y);
-  a.fc1_done = reinterpret_cast<uint32_t*>(base + layout.fc1_done), a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
-  a.exited = reinterpret_cast<uint32_t*>(base + layout.exited), a.ticket = reinterpret_cast<uint32_t*>(base + layout.ticket_stream);
+  a.fc1_done = reinterpret_cast<uint32_t*>(base + layout.fc1_done),
+  a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
+  a.exited = reinterpret_cast<uint32_t*>(base + layout.exited),
+  a.ticket = reinterpret_cast<uint32_t*>(base + layout.ticket_stream);
   a.num_tokens = int(l.tokens), a.swiglu_limit = 10.0f;
   return a;
 }
@@ -58,14 +61,16 @@ void print_trace(int ctas) {
 #endif
 
 // The packed weights of the experts named, read once and thrown away: two CTAs of 512 threads an SM, contiguous chunks of 32 KB.
-__global__ void __launch_bounds__(512) read_experts(const uint8_t* fc1, const uint8_t* fc2, int64_t bytes1, int64_t bytes2, const int32_t* expert,
-                                                    int num_experts, uint32_t* sink) {
+__global__ void __launch_bounds__(512)
+    read_experts(const uint8_t* fc1, const uint8_t* fc2, int64_t bytes1, int64_t bytes2, const int32_t* expert,
+                 int num_experts, uint32_t* sink) {
   constexpr int64_t kChunk = 32768;
   const int64_t chunks1 = (bytes1 + kChunk - 1) / kChunk, chunks2 = (bytes2 + kChunk - 1) / kChunk;
   uint32_t v = 0;
   for (int64_t c = blockIdx.x; c < num_experts * (chunks1 + chunks2); c += gridDim.x) {
     const bool second = c >= num_experts * chunks1;
-    const int64_t w = second ? c - num_experts * chunks1 : c, per = second ? chunks2 : chunks1, size = second ? bytes2 : bytes1;
+    const int64_t w = second ? c - num_experts * chunks1 : c, per = second ? chunks2 : chunks1,
+                  size = second ? bytes2 : bytes1;
     const int64_t begin = w % per * kChunk, end = min(size, begin + kChunk);
     const uint4* p = reinterpret_cast<const uint4*>((second ? fc2 : fc1) + expert[w / per] * size);
     uint4 q[4];
@@ -88,7 +93,8 @@ Routing routing_named(const std::string& name) {
 
 }  // namespace
 
-void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const std::function<void(const MoeTimeRow&)>& report) {
+void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings,
+              const std::function<void(const MoeTimeRow&)>& report) {
   gpu::Stream stream;
   const CaseShape& s = shape_named(options.shape);
   const ExpertSet m = make_experts(s, 11, ScaleRange::kMiddle, stream.get());
@@ -97,7 +103,8 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
   std::vector<SharedExpert> shared;
   for (int i = 0; options.shared && i < 6; ++i) {
     shared.push_back(make_shared_expert(s.hidden, s.inter, 100 + 10 * i, stream.get()));
-    DSV4_GPU_REQUIRE("moe_bench", shared.back().wrong_weights == 0, "%llu shared weights decode to another value", shared.back().wrong_weights);
+    DSV4_GPU_REQUIRE("moe_bench", shared.back().wrong_weights == 0, "%llu shared weights decode to another value",
+                     shared.back().wrong_weights);
   }
   DeviceBuffer flush(384 << 20);
   gpu::fill(flush.data(), 1, flush.bytes(), stream.get());
@@ -107,12 +114,18 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
         const Tier tier{tier_name, options.a4 ? ActFormat::kNvfp4 : ActFormat::kBf16, 0, options.shared ? s.inter : 0};
         const MoePlan plan = make_plan(s, tokens, tier);
         if (tokens * s.topk > moe_tier_max_slots(plan.tier)) continue;
-        const int copies = tokens <= 1 ? 16 : tokens <= 8 ? 12 : tokens <= 64 ? 6 : tokens <= 256 ? 4 : tokens <= 1024 ? 3 : 2;
+        const int copies = tokens <= 1      ? 16
+                           : tokens <= 8    ? 12
+                           : tokens <= 64   ? 6
+                           : tokens <= 256  ? 4
+                           : tokens <= 1024 ? 3
+                                            : 2;
         MoeTimeRow row{s.name, routing, tier_name, options.a4 ? "a4" : "a16", tokens, plan.to_string()};
         std::vector<Layer> layers;
         std::vector<std::vector<int32_t>> activated;
         for (int i = 0; i < copies; ++i) {
-          layers.push_back(make_layer(s, tokens, routing_named(routing), 1000 * tokens + 17 * i + int(routing_named(routing)), false, stream.get()));
+          layers.push_back(make_layer(s, tokens, routing_named(routing),
+                                      1000 * tokens + 17 * i + int(routing_named(routing)), false, stream.get()));
           std::vector<int> count(s.experts);
           for (const int e : layers.back().host_idx)
             if (e >= 0 && e < s.experts) ++count[e];
@@ -133,10 +146,13 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
         });
         if (plan.shared == MoeSharedPlace::kBefore) {
           DeviceBuffer h(tokens * s.inter * 2);
-          row.shared_us = moe_median_us(stream, flush, std::max(copies, 6), options.samples, 0.1, [&](int i, cudaStream_t on) {
-            const Layer& l = layers[i % layers.size()];
-            sm90::launch_moe_shared({shared[i % shared.size()].packed(), l.x.as<bf16>(), h.as<bf16>(), l.y.as<bf16>(), tokens, s.hidden, 10.0f}, on);
-          });
+          row.shared_us =
+              moe_median_us(stream, flush, std::max(copies, 6), options.samples, 0.1, [&](int i, cudaStream_t on) {
+                const Layer& l = layers[i % layers.size()];
+                sm90::launch_moe_shared({shared[i % shared.size()].packed(), l.x.as<bf16>(), h.as<bf16>(),
+                                         l.y.as<bf16>(), tokens, s.hidden, 10.0f},
+                                        on);
+              });
         }
         if (options.read_only) {
           std::vector<DeviceBuffer> lists;
@@ -146,8 +162,10 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
           }
           stream.synchronize();
           row.read_us = moe_median_us(stream, flush, copies, options.samples, 0.1, [&](int i, cudaStream_t on) {
-            read_experts<<<264, 512, 0, on>>>(m.fc1.as<uint8_t>(), m.fc2.as<uint8_t>(), moe_fc1_bytes(s.hidden, s.inter), moe_fc2_bytes(s.hidden, s.inter),
-                                              lists[i].as<int32_t>(), static_cast<int>(activated[i].size()), flush.as<uint32_t>());
+            read_experts<<<264, 512, 0, on>>>(m.fc1.as<uint8_t>(), m.fc2.as<uint8_t>(),
+                                              moe_fc1_bytes(s.hidden, s.inter), moe_fc2_bytes(s.hidden, s.inter),
+                                              lists[i].as<int32_t>(), static_cast<int>(activated[i].size()),
+                                              flush.as<uint32_t>());
           });
         }
         if (plan.tier != MoeTier::kTiled && options.parts) {
@@ -157,12 +175,15 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings, const 
               if (plan.tier == MoeTier::kRing)
                 launch_mode<decltype(ring)>(sm90::moe_ring_kernel<decltype(ring)>, args, plan.ctas, on);
               else
-                launch_mode<decltype(stream_traits)>(sm90::moe_stream_kernel<decltype(stream_traits)>, args, plan.ctas, on);
+                launch_mode<decltype(stream_traits)>(sm90::moe_stream_kernel<decltype(stream_traits)>, args, plan.ctas,
+                                                     on);
             });
           };
           using sm90::StreamMode;
-          row.loads_us = time_mode(sm90::RingTraits<StreamMode::kWeightsOnly>(), sm90::StreamTraits<StreamMode::kWeightsOnly>(), 0.1, options.samples);
-          row.math_us = time_mode(sm90::RingTraits<StreamMode::kMathOnly>(), sm90::StreamTraits<StreamMode::kMathOnly>(), 0.1, options.samples);
+          row.loads_us = time_mode(sm90::RingTraits<StreamMode::kWeightsOnly>(),
+                                   sm90::StreamTraits<StreamMode::kWeightsOnly>(), 0.1, options.samples);
+          row.math_us = time_mode(sm90::RingTraits<StreamMode::kMathOnly>(),
+                                  sm90::StreamTraits<StreamMode::kMathOnly>(), 0.1, options.samples);
 #ifdef DSV4_MOE_TRACE
           if (plan.tier == MoeTier::kStream) {
             time_mode(sm90::RingTraits<>(), sm90::StreamTraits<>(), 0.05, 5);

@@ -36,7 +36,8 @@ struct Group {
 inline Group load_group(const float* w) {
   Group group;
   std::memcpy(group.w, w, sizeof(group.w));
-  for (int v = 0; v < kVectors; ++v) group.magnitude[v] = reinterpret_cast<F4>(reinterpret_cast<I4>(group.w[v]) & 0x7fffffff);
+  for (int v = 0; v < kVectors; ++v)
+    group.magnitude[v] = reinterpret_cast<F4>(reinterpret_cast<I4>(group.w[v]) & 0x7fffffff);
   const F4 m = max(max(group.magnitude[0], group.magnitude[1]), max(group.magnitude[2], group.magnitude[3]));
   group.amax = std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
   return group;
@@ -44,8 +45,8 @@ inline Group load_group(const float* w) {
 
 // The magnitude code of encode_e2m1 (thresholds of codec/e2m1.h): minus the sum of comparisons, each 0 or -1.
 inline I4 magnitude_code(F4 x) {
-  return -((x > all(0.25f)) + (x >= all(0.75f)) + (x > all(1.25f)) + (x >= all(1.75f)) + (x > all(2.5f)) + (x >= all(3.5f)) +
-           (x > all(5.0f)));
+  return -((x > all(0.25f)) + (x >= all(0.75f)) + (x > all(1.25f)) + (x >= all(1.75f)) + (x > all(2.5f)) +
+           (x >= all(3.5f)) + (x > all(5.0f)));
 }
 
 // 0 .5 1 1.5 2 3 4 6 without a table: the largest of three lines through the codes.
@@ -194,9 +195,12 @@ GlobalScale rule_global_scale(const AmaxRange& range, ScaleRule rule) {
 GroupLoss encode_groups(const float* w, int64_t num_groups, GlobalScale global, ScaleRule rule, uint8_t* codes,
                         uint8_t* sf) {
   switch (rule) {
-    case ScaleRule::kModelOpt: return encode_groups_with<ScaleRule::kModelOpt>(w, num_groups, global, codes, sf);
-    case ScaleRule::kMse: return encode_groups_with<ScaleRule::kMse>(w, num_groups, global, codes, sf);
-    case ScaleRule::kFourOverSix: return encode_groups_with<ScaleRule::kFourOverSix>(w, num_groups, global, codes, sf);
+    case ScaleRule::kModelOpt:
+      return encode_groups_with<ScaleRule::kModelOpt>(w, num_groups, global, codes, sf);
+    case ScaleRule::kMse:
+      return encode_groups_with<ScaleRule::kMse>(w, num_groups, global, codes, sf);
+    case ScaleRule::kFourOverSix:
+      return encode_groups_with<ScaleRule::kFourOverSix>(w, num_groups, global, codes, sf);
   }
   return {};
 }

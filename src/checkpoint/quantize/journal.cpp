@@ -44,9 +44,17 @@ uint64_t hash_bytes(const void* data, uint64_t bytes, uint64_t seed) {
 std::string hex(uint64_t value) { return fmt::format("{:016x}", value); }
 
 Json stats_json(const QuantizeKindStats& s) {
-  return {{"kind", s.kind}, {"from", s.from}, {"to", s.to}, {"matrices", s.num_matrices}, {"elements", s.num_elements},
-          {"groups", s.num_groups}, {"saturated", s.num_saturated}, {"zeroed", s.num_zeroed},
-          {"source_bytes", s.source_bytes}, {"target_bytes", s.target_bytes}, {"error_sq", s.error_sq},
+  return {{"kind", s.kind},
+          {"from", s.from},
+          {"to", s.to},
+          {"matrices", s.num_matrices},
+          {"elements", s.num_elements},
+          {"groups", s.num_groups},
+          {"saturated", s.num_saturated},
+          {"zeroed", s.num_zeroed},
+          {"source_bytes", s.source_bytes},
+          {"target_bytes", s.target_bytes},
+          {"error_sq", s.error_sq},
           {"norm_sq", s.norm_sq}};
 }
 
@@ -83,7 +91,10 @@ std::string write_journal(const Journal& journal) {
             {"shards", Json::array()}};
   if (!journal.source_times.empty()) json["source_times"] = journal.source_times;
   for (const JournalShard& shard : journal.shards) {
-    Json entry{{"name", shard.name}, {"bytes", shard.bytes}, {"checksum", shard.checksum}, {"notes", shard.result.notes},
+    Json entry{{"name", shard.name},
+               {"bytes", shard.bytes},
+               {"checksum", shard.checksum},
+               {"notes", shard.result.notes},
                {"kinds", Json::array()}};
     for (const QuantizeKindStats& row : shard.result.kinds) entry["kinds"].push_back(stats_json(row));
     json["shards"].push_back(std::move(entry));

@@ -25,16 +25,20 @@ std::string stats_kind(const LogicalTensor& tensor) {
 
 MatrixAction nvfp4_action(const StoredMatrix& matrix) {
   switch (matrix.format) {
-    case StoredFormat::kNvfp4ModelOpt: return MatrixAction::kCopy;
-    case StoredFormat::kNvfp4Compressed: return MatrixAction::kRenameNvfp4;
-    case StoredFormat::kMxfp4: return MatrixAction::kCastMxfp4;
+    case StoredFormat::kNvfp4ModelOpt:
+      return MatrixAction::kCopy;
+    case StoredFormat::kNvfp4Compressed:
+      return MatrixAction::kRenameNvfp4;
+    case StoredFormat::kMxfp4:
+      return MatrixAction::kCastMxfp4;
     case StoredFormat::kF32:
     case StoredFormat::kBf16:
-    case StoredFormat::kFp8Block: break;
+    case StoredFormat::kFp8Block:
+      break;
   }
   if (matrix.cols % kNvfp4GroupSize != 0)
-    throw_bad_input("{}: {}: {} columns are not a multiple of {}: NVFP4 cannot hold them", matrix.file, matrix.name, matrix.cols,
-                    kNvfp4GroupSize);
+    throw_bad_input("{}: {}: {} columns are not a multiple of {}: NVFP4 cannot hold them", matrix.file, matrix.name,
+                    matrix.cols, kNvfp4GroupSize);
   return MatrixAction::kEncodeNvfp4;
 }
 
@@ -48,8 +52,8 @@ MatrixAction choose_action(const StoredMatrix& matrix, TensorRole role, DenseFor
   if (role == TensorRole::kRoutedExpert || dense == DenseFormat::kNvfp4) return nvfp4_action(matrix);
   if (dense == DenseFormat::kFp8 && matrix.format != StoredFormat::kFp8Block) {
     if (matrix.format != StoredFormat::kF32 && matrix.format != StoredFormat::kBf16)
-      throw_bad_input("{}: {}: stored as {}: --dense fp8 would round it a second time and make it larger", matrix.file, matrix.name,
-                      stored_format_name(matrix.format));
+      throw_bad_input("{}: {}: stored as {}: --dense fp8 would round it a second time and make it larger", matrix.file,
+                      matrix.name, stored_format_name(matrix.format));
     return MatrixAction::kEncodeFp8;
   }
   return kept_action(matrix, has_official_scale);
@@ -97,7 +101,8 @@ class Planner {
     job.matrix = std::move(search.matrix);
     job.role = tensor.role;
     job.kind = stats_kind(tensor);
-    job.action = choose_action(job.matrix, job.role, options_.dense, checkpoint_.find(tensor.name + ".scale") != nullptr);
+    job.action =
+        choose_action(job.matrix, job.role, options_.dense, checkpoint_.find(tensor.name + ".scale") != nullptr);
     const int idx = static_cast<int>(plan_.jobs.size());
     const StoredMatrix& m = job.matrix;
     switch (job.action) {
@@ -143,7 +148,10 @@ class Planner {
     DSV4_CHECK(false, "{}: source tensor not found", name);
   }
   void add(std::string name, const TensorView& source, int job) {
-    unit_.push_back({{std::move(name), source.dtype, source.shape}, OutputPart::kSource, job, &source,
+    unit_.push_back({{std::move(name), source.dtype, source.shape},
+                     OutputPart::kSource,
+                     job,
+                     &source,
                      static_cast<uint64_t>(source.bytes())});
   }
   void make(std::string name, DType dtype, Shape shape, OutputPart part, int job) {
@@ -168,7 +176,8 @@ class Planner {
   void find_partners() {
     std::map<std::string, int> by_name;
     for (size_t idx = 0; idx < plan_.jobs.size(); ++idx)
-      if (plan_.jobs[idx].role == TensorRole::kRoutedExpert) by_name[plan_.jobs[idx].matrix.name] = static_cast<int>(idx);
+      if (plan_.jobs[idx].role == TensorRole::kRoutedExpert)
+        by_name[plan_.jobs[idx].matrix.name] = static_cast<int>(idx);
     for (const auto& [name, idx] : by_name) {
       if (!name.ends_with(".w1")) continue;
       const int other = by_name.at(name.substr(0, name.size() - 1) + "3");
@@ -178,8 +187,9 @@ class Planner {
         return action == MatrixAction::kEncodeNvfp4 || action == MatrixAction::kCastMxfp4;
       };
       if (encodes(w1.action) != encodes(w3.action))
-        throw_bad_input("{}: {} is {} and {} is {}: they cannot get one common global scale", checkpoint_.folder(), name,
-                        stored_format_name(w1.matrix.format), w3.matrix.name, stored_format_name(w3.matrix.format));
+        throw_bad_input("{}: {} is {} and {} is {}: they cannot get one common global scale", checkpoint_.folder(),
+                        name, stored_format_name(w1.matrix.format), w3.matrix.name,
+                        stored_format_name(w3.matrix.format));
       w1.partner = other;
       w3.partner = idx;
     }
@@ -225,18 +235,24 @@ class Planner {
 
 std::string_view dense_format_name(DenseFormat format) {
   switch (format) {
-    case DenseFormat::kKeep: return "keep";
-    case DenseFormat::kFp8: return "fp8";
-    case DenseFormat::kNvfp4: return "nvfp4";
+    case DenseFormat::kKeep:
+      return "keep";
+    case DenseFormat::kFp8:
+      return "fp8";
+    case DenseFormat::kNvfp4:
+      return "nvfp4";
   }
   return "";
 }
 
 std::string_view scale_rule_name(ScaleRule rule) {
   switch (rule) {
-    case ScaleRule::kModelOpt: return "modelopt";
-    case ScaleRule::kMse: return "mse";
-    case ScaleRule::kFourOverSix: return "4over6";
+    case ScaleRule::kModelOpt:
+      return "modelopt";
+    case ScaleRule::kMse:
+      return "mse";
+    case ScaleRule::kFourOverSix:
+      return "4over6";
   }
   return "";
 }

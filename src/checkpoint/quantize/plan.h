@@ -14,12 +14,12 @@
 namespace dsv4 {
 
 enum class MatrixAction : uint8_t {
-  kCopy,          // the tensors as they are
-  kEncodeNvfp4,   // weight rule on decoded values
-  kCastMxfp4,     // lossless, or kEncodeNvfp4 where that is impossible
-  kRenameNvfp4,   // compressed-tensors -> ModelOpt names, global scale inverted
-  kEncodeFp8,     // 128x128 blocks, ue8m0 scales
-  kRenameFp8,     // weight copied, block scales under the official name as E8M0 (copied) or F32
+  kCopy,         // the tensors as they are
+  kEncodeNvfp4,  // weight rule on decoded values
+  kCastMxfp4,    // lossless, or kEncodeNvfp4 where that is impossible
+  kRenameNvfp4,  // compressed-tensors -> ModelOpt names, global scale inverted
+  kEncodeFp8,    // 128x128 blocks, ue8m0 scales
+  kRenameFp8,    // weight copied, block scales under the official name as E8M0 (copied) or F32
 };
 
 struct MatrixJob {

@@ -28,7 +28,12 @@ OrderedJson excluded_modules(const QuantizePlan& plan) {
   bool has_dense = false;
   for (const std::string& name : nvfp4_matrix_names(plan)) has_dense |= name.find(".ffn.experts.") == std::string::npos;
   if (!has_dense) return {"*.attn.*", "*.ffn.shared_experts.*", "*.ffn.gate", "embed", "head", "mtp.*"};
-  return {"*.attn.compressor.*", "*.attn.indexer.weights_proj", "*.attn.indexer.compressor.*", "*.ffn.gate", "embed", "head",
+  return {"*.attn.compressor.*",
+          "*.attn.indexer.weights_proj",
+          "*.attn.indexer.compressor.*",
+          "*.ffn.gate",
+          "embed",
+          "head",
           "mtp.*"};
 }
 

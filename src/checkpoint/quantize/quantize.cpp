@@ -53,7 +53,8 @@ QuantizeReport report_of(const Journal& journal) {
     report.target_bytes += shard.bytes;
   }
   // What was copied has no formats and comes last.
-  std::stable_partition(report.kinds.begin(), report.kinds.end(), [](const QuantizeKindStats& row) { return !row.from.empty(); });
+  std::stable_partition(report.kinds.begin(), report.kinds.end(),
+                        [](const QuantizeKindStats& row) { return !row.from.empty(); });
   report.num_shards = static_cast<int>(journal.shards.size());
   return report;
 }
@@ -61,8 +62,12 @@ QuantizeReport report_of(const Journal& journal) {
 class Run {
  public:
   Run(const QuantizeOptions& options, const std::function<void(const QuantizeProgress&)>& progress)
-      : options_(options), progress_(progress), source_(open_checkpoint(options.source)),
-        plan_(plan_quantize(source_, options)), pool_(options.num_threads), folder_(options.target) {
+      : options_(options),
+        progress_(progress),
+        source_(open_checkpoint(options.source)),
+        plan_(plan_quantize(source_, options)),
+        pool_(options.num_threads),
+        folder_(options.target) {
     wanted_.dense = dense_format_name(options.dense);
     wanted_.scale = scale_rule_name(options.scale);
     wanted_.shard_bytes = options.shard_bytes;
@@ -92,11 +97,13 @@ class Run {
   QuantizeReport existing_target() {
     const std::string journal_path = (fs::path(options_.target) / kJournalName).string();
     if (!fs::exists(journal_path))
-      throw_bad_input("{}: exists and was not made by dsv4 quantize; choose another target or use --overwrite", options_.target);
+      throw_bad_input("{}: exists and was not made by dsv4 quantize; choose another target or use --overwrite",
+                      options_.target);
     const Journal found = parse_journal(read_text_file(journal_path, kMaxJournalBytes), journal_path);
     const std::string difference = journal_difference(found, wanted_);
     if (!difference.empty())
-      throw_bad_input("{}: exists, made with {}; choose another target or use --overwrite", options_.target, difference);
+      throw_bad_input("{}: exists, made with {}; choose another target or use --overwrite", options_.target,
+                      difference);
     for (const JournalShard& shard : found.shards) {
       const std::string path = (fs::path(options_.target) / shard.name).string();
       if (!is_intact(path, shard))
@@ -122,7 +129,8 @@ class Run {
         const std::string name = entry.path().filename().string();
         if (name.find(".tmp-") != std::string::npos) continue;  // the journal's own first write, interrupted
         if (!options_.overwrite)
-          throw_bad_input("{}: exists and is no unfinished run of dsv4 quantize; remove it or use --overwrite", folder_.partial());
+          throw_bad_input("{}: exists and is no unfinished run of dsv4 quantize; remove it or use --overwrite",
+                          folder_.partial());
         folder_.discard_partial();
         break;
       }
@@ -140,9 +148,10 @@ class Run {
     }
     if (!difference.empty()) {
       if (!options_.overwrite)
-        throw_bad_input("{}: an unfinished run with other options or another source: {}; finish that one, remove the folder or "
-                        "use --overwrite",
-                        folder_.partial(), difference);
+        throw_bad_input(
+            "{}: an unfinished run with other options or another source: {}; finish that one, remove the folder or "
+            "use --overwrite",
+            folder_.partial(), difference);
       folder_.discard_partial();
       save_journal();
       return;

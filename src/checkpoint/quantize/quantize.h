@@ -36,13 +36,13 @@ struct QuantizeOptions {
   std::string target;
   DenseFormat dense = DenseFormat::kKeep;
   ScaleRule scale = ScaleRule::kModelOpt;
-  int num_threads = 0;                   // 0 = all CPUs
-  uint64_t shard_bytes = 4ull << 30;     // a shard is closed before it would exceed this
-  bool overwrite = false;                // replace an existing target, drop a partial of other options
+  int num_threads = 0;                // 0 = all CPUs
+  uint64_t shard_bytes = 4ull << 30;  // a shard is closed before it would exceed this
+  bool overwrite = false;             // replace an existing target, drop a partial of other options
 };
 
 struct QuantizeProgress {
-  uint64_t done_bytes;     // of the target
+  uint64_t done_bytes;  // of the target
   uint64_t total_bytes;
   uint64_t resumed_bytes;  // part of done_bytes that an earlier run made
   std::string_view tensor;
@@ -50,17 +50,17 @@ struct QuantizeProgress {
 
 // Sums over all converted matrices of one kind.
 struct QuantizeKindStats {
-  std::string kind;             // "routed experts w1, w3", "attention", ...
-  std::string from, to;         // stored formats
+  std::string kind;      // "routed experts w1, w3", "attention", ...
+  std::string from, to;  // stored formats
   int64_t num_matrices = 0;
   int64_t num_elements = 0;
-  int64_t num_groups = 0;       // scale groups: 16 elements (NVFP4), 128x128 (FP8)
-  int64_t num_saturated = 0;    // groups with an element further outside the code range than rounding could explain
-  int64_t num_zeroed = 0;       // groups that were not zero and now are
+  int64_t num_groups = 0;     // scale groups: 16 elements (NVFP4), 128x128 (FP8)
+  int64_t num_saturated = 0;  // groups with an element further outside the code range than rounding could explain
+  int64_t num_zeroed = 0;     // groups that were not zero and now are
   uint64_t source_bytes = 0;
   uint64_t target_bytes = 0;
-  double error_sq = 0;          // sum (w - w')^2
-  double norm_sq = 0;           // sum w^2
+  double error_sq = 0;  // sum (w - w')^2
+  double norm_sq = 0;   // sum w^2
 
   double relative_error() const;
 };
@@ -72,7 +72,7 @@ struct QuantizeReport {
   uint64_t target_bytes = 0;
   int num_shards = 0;
   int num_resumed_shards = 0;
-  bool already_complete = false;         // the target was there, made from this source with these options
+  bool already_complete = false;  // the target was there, made from this source with these options
 };
 
 // Throws: bad input (source unusable, NaN or infinite weights, target made by other options), usage (target inside source),

@@ -77,7 +77,8 @@ ShardEncoder::ShardEncoder(const Checkpoint& checkpoint, const QuantizePlan& pla
     : plan_(plan), rule_(rule), pool_(pool), on_bytes_(std::move(on_bytes)), pages_(checkpoint) {}
 
 template <class Partial, class Body, class After>
-Partial ShardEncoder::for_windows(const StoredMatrix& matrix, int64_t chunk_rows, const Body& body, const After& after) {
+Partial ShardEncoder::for_windows(const StoredMatrix& matrix, int64_t chunk_rows, const Body& body,
+                                  const After& after) {
   const int64_t window_rows = rows_per_window(matrix, chunk_rows);
   std::vector<Partial> found(static_cast<size_t>(ceil_div(std::min(window_rows, matrix.rows), chunk_rows)));
   Partial sum;
@@ -110,7 +111,8 @@ AmaxRange ShardEncoder::scan_amax(const MatrixJob& job) {
         return range;
       },
       [&](int64_t first, int64_t last) {
-        if (last - first < m.rows) pages_.release_rows(m, first, last);  // small ones are encoded next: keep their pages
+        if (last - first < m.rows)
+          pages_.release_rows(m, first, last);  // small ones are encoded next: keep their pages
       });
 }
 
@@ -143,8 +145,8 @@ int64_t ShardEncoder::count_groups_below(const MatrixJob& job, int min_byte) {
   const StoredMatrix& m = job.matrix;
   int64_t count = 0;
   for (int64_t i = 0; i < m.rows * (m.cols / kMxfp4GroupSize); ++i)
-    count += m.scale.as<uint8_t>()[i] < min_byte &&
-             !mxfp4_group_is_zero(m.weight.as<uint8_t>() + i * (kMxfp4GroupSize / 2));
+    count +=
+        m.scale.as<uint8_t>()[i] < min_byte && !mxfp4_group_is_zero(m.weight.as<uint8_t>() + i * (kMxfp4GroupSize / 2));
   return count;
 }
 
@@ -155,9 +157,8 @@ const ShardEncoder::Common& ShardEncoder::common_of(int job_idx) {
 
   std::vector<int> members{key};
   if (partner >= 0) members.push_back(std::max(job_idx, partner));
-  const bool all_mxfp4 = std::all_of(members.begin(), members.end(), [&](int idx) {
-    return job(idx).action == MatrixAction::kCastMxfp4;
-  });
+  const bool all_mxfp4 =
+      std::all_of(members.begin(), members.end(), [&](int idx) { return job(idx).action == MatrixAction::kCastMxfp4; });
   Common common;
   if (all_mxfp4) {
     Mxfp4Range range;
@@ -180,8 +181,8 @@ const ShardEncoder::Common& ShardEncoder::common_of(int job_idx) {
     for (int idx : members) range.add(scan_amax(job(idx)));
     common.global = rule_global_scale(range, rule_);
     if (!(common.global.value > 0.0f))
-      throw_bad_input("{}: {}: largest weight {:g}: too small for a binary32 global scale", job(key).matrix.file, job(key).matrix.name,
-                      range.largest);
+      throw_bad_input("{}: {}: largest weight {:g}: too small for a binary32 global scale", job(key).matrix.file,
+                      job(key).matrix.name, range.largest);
   }
   return common_.emplace(key, common).first->second;
 }
@@ -235,11 +236,12 @@ void ShardEncoder::write_nvfp4_codes(const OutputTensor& tensor, SafetensorsWrit
       });
   count_matrix(tensor.job, total, m.rows * groups);
   if (common.num_beyond_window > 0)
-    notes_.push_back(fmt::format(
-        "{}: MXFP4 exponents span {} binades (with the other half of its w1/w3 pair), more than the {} that a lossless cast "
-        "allows; {} groups of 32 lie beyond: requantised by the {} rule, relative error {:.3e}",
-        m.name, common.spread, kMxfp4MaxExponentSpread, common.num_beyond_window, scale_rule_name(rule_),
-        total.norm_sq > 0 ? std::sqrt(total.error_sq / total.norm_sq) : 0.0));
+    notes_.push_back(
+        fmt::format("{}: MXFP4 exponents span {} binades (with the other half of its w1/w3 pair), more than the {} "
+                    "that a lossless cast "
+                    "allows; {} groups of 32 lie beyond: requantised by the {} rule, relative error {:.3e}",
+                    m.name, common.spread, kMxfp4MaxExponentSpread, common.num_beyond_window, scale_rule_name(rule_),
+                    total.norm_sq > 0 ? std::sqrt(total.error_sq / total.norm_sq) : 0.0));
 }
 
 void ShardEncoder::write_fp8_codes(const OutputTensor& tensor, SafetensorsWriter& writer) {
@@ -262,8 +264,8 @@ void ShardEncoder::write_fp8_codes(const OutputTensor& tensor, SafetensorsWriter
         for (int64_t block = 0; block < block_cols; ++block) {
           const int64_t offset = block * kFp8WeightBlock;
           const Fp8Block shape{end - begin, std::min<int64_t>(kFp8WeightBlock, m.cols - offset), m.cols};
-          scales[static_cast<size_t>(begin / kFp8WeightBlock * block_cols + block)] =
-              encode_fp8_weight_block(rows.data() + offset, shape, codes.data() + (begin - first) * m.cols + offset, loss);
+          scales[static_cast<size_t>(begin / kFp8WeightBlock * block_cols + block)] = encode_fp8_weight_block(
+              rows.data() + offset, shape, codes.data() + (begin - first) * m.cols + offset, loss);
         }
         return loss;
       },
@@ -282,7 +284,8 @@ void ShardEncoder::write_scales(const OutputTensor& tensor, SafetensorsWriter& w
     return put(tensor, writer, widened.data(), widened.size() * sizeof(float));
   }
   const auto found = scales_.find(tensor.job);
-  DSV4_CHECK(found != scales_.end() && found->second.size() == tensor.bytes, "{}: scales before codes", tensor.spec.name);
+  DSV4_CHECK(found != scales_.end() && found->second.size() == tensor.bytes, "{}: scales before codes",
+             tensor.spec.name);
   put(tensor, writer, found->second.data(), found->second.size());
   scales_.erase(found);
 }
@@ -296,9 +299,10 @@ void ShardEncoder::write_scalar(const OutputTensor& tensor, SafetensorsWriter& w
   } else {
     value = is_rename ? j.matrix.global_scale : common_of(tensor.job).global.value;
     if (is_rename && j.partner > tensor.job && job(j.partner).matrix.global_scale != value)
-      notes_.push_back(fmt::format("{} and {}: different global scales ({:g}, {:g}); kept, but engines that fuse the two into "
-                                   "one GEMM apply only one of them",
-                                   j.matrix.name, job(j.partner).matrix.name, value, job(j.partner).matrix.global_scale));
+      notes_.push_back(
+          fmt::format("{} and {}: different global scales ({:g}, {:g}); kept, but engines that fuse the two into "
+                      "one GEMM apply only one of them",
+                      j.matrix.name, job(j.partner).matrix.name, value, job(j.partner).matrix.global_scale));
   }
   put(tensor, writer, &value, sizeof(value));
 }
@@ -338,16 +342,22 @@ void ShardEncoder::count_copied(const OutputTensor& tensor) {
 ShardResult ShardEncoder::write(const OutputShard& shard, SafetensorsWriter& writer) {
   for (const OutputTensor& tensor : shard.tensors) {
     switch (tensor.part) {
-      case OutputPart::kSource: write_source(tensor, writer); break;
+      case OutputPart::kSource:
+        write_source(tensor, writer);
+        break;
       case OutputPart::kCodes:
         if (job(tensor.job).action == MatrixAction::kEncodeFp8)
           write_fp8_codes(tensor, writer);
         else
           write_nvfp4_codes(tensor, writer);
         break;
-      case OutputPart::kSf: write_scales(tensor, writer); break;
+      case OutputPart::kSf:
+        write_scales(tensor, writer);
+        break;
       case OutputPart::kGlobal:
-      case OutputPart::kInputScale: write_scalar(tensor, writer); break;
+      case OutputPart::kInputScale:
+        write_scalar(tensor, writer);
+        break;
     }
     if (tensor.part == OutputPart::kSource) count_copied(tensor);
   }

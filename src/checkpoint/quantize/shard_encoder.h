@@ -26,7 +26,8 @@ class ShardEncoder {
  public:
   // on_bytes(tensor name, bytes written) after every window.
   using OnBytes = std::function<void(std::string_view, uint64_t)>;
-  ShardEncoder(const Checkpoint& checkpoint, const QuantizePlan& plan, ScaleRule rule, ThreadPool& pool, OnBytes on_bytes);
+  ShardEncoder(const Checkpoint& checkpoint, const QuantizePlan& plan, ScaleRule rule, ThreadPool& pool,
+               OnBytes on_bytes);
 
   ShardResult write(const OutputShard& shard, SafetensorsWriter& writer);
 
@@ -34,9 +35,9 @@ class ShardEncoder {
   // What encoding needs to know about a tensor, or a w1/w3 pair, as a whole.
   struct Common {
     GlobalScale global{1.0f};
-    bool is_cast = false;          // MXFP4, lossless
-    uint8_t max_byte = 0;          // is_cast: the largest ue8m0 byte of a group that is not zero
-    int64_t num_beyond_window = 0; // MXFP4 that could not be cast: groups the window would have lost
+    bool is_cast = false;           // MXFP4, lossless
+    uint8_t max_byte = 0;           // is_cast: the largest ue8m0 byte of a group that is not zero
+    int64_t num_beyond_window = 0;  // MXFP4 that could not be cast: groups the window would have lost
     int spread = 0;
   };
   struct Mxfp4Range {
@@ -71,7 +72,7 @@ class ShardEncoder {
   ThreadPool& pool_;
   OnBytes on_bytes_;
   MappedPages pages_;
-  std::map<int, Common> common_;       // by the smaller job index of a pair
+  std::map<int, Common> common_;                // by the smaller job index of a pair
   std::map<int, std::vector<uint8_t>> scales_;  // computed with the codes, written after them
   std::map<std::string, QuantizeKindStats> kinds_;
   std::vector<std::string> notes_;

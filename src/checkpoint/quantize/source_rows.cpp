@@ -25,10 +25,14 @@ T load(const std::byte* data, int64_t index) {
 
 float load_scale(const TensorView& scale, int64_t index) {
   switch (scale.dtype) {
-    case DType::kF8E8M0: return decode_ue8m0(load<uint8_t>(scale.data, index));
-    case DType::kF32: return load<float>(scale.data, index);
-    case DType::kBf16: return decode_bf16({load<uint16_t>(scale.data, index)});
-    default: break;
+    case DType::kF8E8M0:
+      return decode_ue8m0(load<uint8_t>(scale.data, index));
+    case DType::kF32:
+      return load<float>(scale.data, index);
+    case DType::kBf16:
+      return decode_bf16({load<uint16_t>(scale.data, index)});
+    default:
+      break;
   }
   DSV4_CHECK(false, "scale dtype {}", dtype_name(scale.dtype));
 }
@@ -83,10 +87,13 @@ void decode_row(const StoredMatrix& matrix, int64_t row, float* out) {
       for (int64_t k = 0; k < matrix.cols; ++k) out[k] = decode_bf16({load<uint16_t>(source, k)});
       return;
     }
-    case StoredFormat::kFp8Block: return decode_fp8_row(matrix, row, out);
-    case StoredFormat::kMxfp4: return decode_mxfp4_row(matrix, row, out);
+    case StoredFormat::kFp8Block:
+      return decode_fp8_row(matrix, row, out);
+    case StoredFormat::kMxfp4:
+      return decode_mxfp4_row(matrix, row, out);
     case StoredFormat::kNvfp4ModelOpt:
-    case StoredFormat::kNvfp4Compressed: break;
+    case StoredFormat::kNvfp4Compressed:
+      break;
   }
   DSV4_CHECK(false, "{}: {} is never decoded to be encoded again", matrix.name, stored_format_name(matrix.format));
 }

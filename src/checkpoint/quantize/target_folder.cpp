@@ -118,9 +118,10 @@ void TargetFolder::require_space(uint64_t bytes) const {
   if (::statvfs(partial_.c_str(), &status) != 0) throw_resource("{}: {}", partial_, std::strerror(errno));
   const uint64_t available = static_cast<uint64_t>(status.f_bavail) * status.f_frsize;
   if (bytes + kSpaceReserve > available)
-    throw_resource("{}: {} bytes are still to be written, the file system has {} free: free some space and run the same "
-                   "command again, it continues",
-                   partial_, bytes, available);
+    throw_resource(
+        "{}: {} bytes are still to be written, the file system has {} free: free some space and run the same "
+        "command again, it continues",
+        partial_, bytes, available);
 }
 
 void TargetFolder::copy_other_files(const std::string& source, const std::set<std::string>& made) {
@@ -140,7 +141,8 @@ void TargetFolder::copy_other_files(const std::string& source, const std::set<st
       if (error) throw_resource("{}: cannot create a folder: {}", partial_, error.message());
       continue;
     }
-    if (!it->is_regular_file(error) || is_weight_file(name) || is_leftover(name) || made.contains(relative.string())) continue;
+    if (!it->is_regular_file(error) || is_weight_file(name) || is_leftover(name) || made.contains(relative.string()))
+      continue;
     if (it->is_symlink(error)) require_inside(it->path(), source);
     copy_synced(it->path(), fs::path(partial_) / relative);
   }

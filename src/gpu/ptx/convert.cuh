@@ -17,7 +17,9 @@ inline constexpr bool kHasCvtE2m1 = false;
 __device__ __forceinline__ uint32_t cvt_e2m1x2(float even, float odd) {
 #if defined(__CUDA_ARCH_SPECIFIC__) && __CUDA_ARCH_SPECIFIC__ >= 1000
   uint32_t result;
-  asm("{\n .reg .b8 byte;\n cvt.rn.satfinite.e2m1x2.f32 byte, %1, %2;\n cvt.u32.u8 %0, byte;\n}" : "=r"(result) : "f"(odd), "f"(even));
+  asm("{\n .reg .b8 byte;\n cvt.rn.satfinite.e2m1x2.f32 byte, %1, %2;\n cvt.u32.u8 %0, byte;\n}"
+      : "=r"(result)
+      : "f"(odd), "f"(even));
   return result;
 #else
   (void)even, (void)odd;
@@ -131,6 +133,8 @@ __device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
   return result;
 }
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
 
 }  // namespace dsv4::ptx

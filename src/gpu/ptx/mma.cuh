@@ -12,7 +12,8 @@ struct MmaA {
 
 // d += a b with b 16 x 8: words of pairs lane % 4 and lane % 4 + 4 of column lane / 4. d: rows lane / 4, lane / 4 + 8, columns 2 (lane % 4), + 1.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const MmaA& a, uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
 }

@@ -16,8 +16,12 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Rows of 128 bytes, 16-byte chunk c of row r at chunk c ^ (r & 7); address aligned to 1024. The next k16 is 32 bytes on.
 // Halves apart: the low one, in units of 16 bytes, can be stepped in one 32-bit register.
-__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t smem_address) { return 1u << 16 | (smem_address & 0x3ffffu) >> 4; }
-__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) { return uint64_t{1u << 30 | 1024 >> 4} << 32 | low; }
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t smem_address) {
+  return 1u << 16 | (smem_address & 0x3ffffu) >> 4;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) {
+  return uint64_t{1u << 30 | 1024 >> 4} << 32 | low;
+}
 
 template <int kN>
 struct Wgmma;

@@ -18,20 +18,21 @@
 namespace dsv4 {
 
 struct AttentionArgs {
-  const float* q;              // [num_tokens, num_heads, head_dim]
-  float* out;                  // [num_tokens, num_heads, head_dim]
-  float* lse;                  // [num_tokens, num_heads], nullptr: not wanted
-  const float* sink_logit;     // [num_heads]
-  WindowView window;           // holds the chunk's own rows too
-  PagedRowsView compressed;    // num_rows = rows present; unused when compress_ratio == 0
-  KvRowLayout layout;          // of both
-  const int32_t* selected;     // [num_tokens, max_selected] compressed rows, ascending, -1 after the last; nullptr: all visible
+  const float* q;            // [num_tokens, num_heads, head_dim]
+  float* out;                // [num_tokens, num_heads, head_dim]
+  float* lse;                // [num_tokens, num_heads], nullptr: not wanted
+  const float* sink_logit;   // [num_heads]
+  WindowView window;         // holds the chunk's own rows too
+  PagedRowsView compressed;  // num_rows = rows present; unused when compress_ratio == 0
+  KvRowLayout layout;        // of both
+  const int32_t*
+      selected;  // [num_tokens, max_selected] compressed rows, ascending, -1 after the last; nullptr: all visible
   int max_selected;
-  int64_t first_position;      // of the chunk; tokens have consecutive positions
+  int64_t first_position;  // of the chunk; tokens have consecutive positions
   int64_t num_tokens;
   int num_heads;
   int window_len;
-  int compress_ratio;          // 0: window only
+  int compress_ratio;  // 0: window only
   float scale;
 };
 

@@ -12,7 +12,8 @@ namespace {
 std::vector<const uint8_t*> rows_of_token(const AttentionArgs& args, int64_t token) {
   const int64_t position = args.first_position + token;
   std::vector<const uint8_t*> rows;
-  for (int64_t p = std::max<int64_t>(0, position - args.window_len + 1); p <= position; ++p) rows.push_back(args.window.row(p));
+  for (int64_t p = std::max<int64_t>(0, position - args.window_len + 1); p <= position; ++p)
+    rows.push_back(args.window.row(p));
   if (args.compress_ratio == 0) return rows;
   if (args.selected == nullptr) {
     for (int64_t j = 0; j < (position + 1) / args.compress_ratio; ++j) rows.push_back(args.compressed.row(j));

@@ -80,7 +80,8 @@ void collect_rows(const AttentionArgs& args, const DecodedRows& decoded, int64_t
     for (count = 0; count < args.max_selected && selected[count] >= 0;) ++count;
   if (decoded.needs_scratch()) scratch.decoded.resize(static_cast<size_t>(count * dim));
   for (int64_t i = 0; i < count; ++i)
-    scratch.rows.push_back(decoded.compressed(selected == nullptr ? i : selected[i], scratch.decoded.data() + i * dim, isa));
+    scratch.rows.push_back(
+        decoded.compressed(selected == nullptr ? i : selected[i], scratch.decoded.data() + i * dim, isa));
 }
 
 // Heads per task: four share each row load; fewer when that would leave threads idle.
@@ -107,8 +108,8 @@ void attention_simd(const AttentionArgs& args, const CpuContext& context) {
     const int64_t num_rows = static_cast<int64_t>(scratch.rows.size());
     scratch.scores.resize(static_cast<size_t>(num_heads * num_rows));
     const int64_t head = token * args.num_heads + first_head;
-    vec.attend_scores(args.q + head * dim, num_heads, dim, scratch.rows.data(), num_rows, args.scale, scratch.scores.data(),
-                      num_rows);
+    vec.attend_scores(args.q + head * dim, num_heads, dim, scratch.rows.data(), num_rows, args.scale,
+                      scratch.scores.data(), num_rows);
     for (int h = 0; h < num_heads; ++h) {
       float* scores = scratch.scores.data() + h * num_rows;
       const float max = *std::max_element(scores, scores + num_rows);
@@ -116,7 +117,8 @@ void attention_simd(const AttentionArgs& args, const CpuContext& context) {
       if (args.lse != nullptr) args.lse[head + h] = std::log(sum) + max;
       vec.scale(scores, nullptr, 1.0f / (sum + std::exp(args.sink_logit[first_head + h] - max)), num_rows, scores);
     }
-    vec.attend_values(scratch.scores.data(), num_rows, num_heads, dim, scratch.rows.data(), num_rows, args.out + head * dim);
+    vec.attend_values(scratch.scores.data(), num_rows, num_heads, dim, scratch.rows.data(), num_rows,
+                      args.out + head * dim);
   });
 }
 

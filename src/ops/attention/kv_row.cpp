@@ -76,13 +76,14 @@ struct RowOffsets {
 RowOffsets row_offsets(const KvRowLayout& layout) {
   const int64_t nope = layout.nope_dim(), rope_bytes = 2 * layout.rope_dim;
   switch (layout.format) {
-    case KvFormat::kF32: return {4 * nope, 0, 4 * layout.head_dim};
-    case KvFormat::kBf16: return {2 * nope, 0, 2 * layout.head_dim};
+    case KvFormat::kF32:
+      return {4 * nope, 0, 4 * layout.head_dim};
+    case KvFormat::kBf16:
+      return {2 * nope, 0, 2 * layout.head_dim};
     case KvFormat::kFp8:
       return {nope, nope + rope_bytes, nope + rope_bytes + round_up(ceil_div(nope, kFp8KvBlock), kScalePadding)};
     case KvFormat::kNvfp4:
-      return {nope / 2, nope / 2 + rope_bytes,
-              nope / 2 + rope_bytes + round_up(nope / kNvfp4GroupSize, kScalePadding)};
+      return {nope / 2, nope / 2 + rope_bytes, nope / 2 + rope_bytes + round_up(nope / kNvfp4GroupSize, kScalePadding)};
   }
   return {};
 }
@@ -95,8 +96,12 @@ void encode_kv_row(const KvRowLayout& layout, const float* x, uint8_t* row) {
   const int nope = layout.nope_dim();
   const RowOffsets at = row_offsets(layout);
   switch (layout.format) {
-    case KvFormat::kF32: std::memcpy(row, x, static_cast<size_t>(at.end)); return;
-    case KvFormat::kBf16: encode_bf16_array(x, layout.head_dim, row); return;
+    case KvFormat::kF32:
+      std::memcpy(row, x, static_cast<size_t>(at.end));
+      return;
+    case KvFormat::kBf16:
+      encode_bf16_array(x, layout.head_dim, row);
+      return;
     case KvFormat::kFp8:
       std::memset(row + at.scales, 0, static_cast<size_t>(at.end - at.scales));
       encode_fp8_blocks(x, nope, kFp8KvBlock, row, row + at.scales);
@@ -119,9 +124,15 @@ void decode_kv_row(const KvRowLayout& layout, const uint8_t* row, float* y, CpuI
   const int nope = layout.nope_dim();
   const RowOffsets at = row_offsets(layout);
   switch (layout.format) {
-    case KvFormat::kF32: std::memcpy(y, row, static_cast<size_t>(at.end)); return;
-    case KvFormat::kBf16: decode_bf16_array(row, layout.head_dim, y, isa); return;
-    case KvFormat::kFp8: decode_fp8_blocks(row, row + at.scales, nope, kFp8KvBlock, y); break;
+    case KvFormat::kF32:
+      std::memcpy(y, row, static_cast<size_t>(at.end));
+      return;
+    case KvFormat::kBf16:
+      decode_bf16_array(row, layout.head_dim, y, isa);
+      return;
+    case KvFormat::kFp8:
+      decode_fp8_blocks(row, row + at.scales, nope, kFp8KvBlock, y);
+      break;
     case KvFormat::kNvfp4:
       for (int g = 0; g < nope / kNvfp4GroupSize; ++g)
         decode_e2m1_group(row + g * kNvfp4GroupSize / 2, kNvfp4GroupSize, decode_ue4m3(row[at.scales + g]),
@@ -133,10 +144,14 @@ void decode_kv_row(const KvRowLayout& layout, const uint8_t* row, float* y, CpuI
 
 int64_t IndexKeyLayout::row_bytes() const {
   switch (format) {
-    case IndexFormat::kF32: return 4 * dim;
-    case IndexFormat::kBf16: return 2 * dim;
-    case IndexFormat::kFp8: return dim + 4;
-    case IndexFormat::kFp4: return dim / 2 + ceil_div(dim, kFp4IndexBlock);
+    case IndexFormat::kF32:
+      return 4 * dim;
+    case IndexFormat::kBf16:
+      return 2 * dim;
+    case IndexFormat::kFp8:
+      return dim + 4;
+    case IndexFormat::kFp4:
+      return dim / 2 + ceil_div(dim, kFp4IndexBlock);
   }
   return 0;
 }
@@ -144,8 +159,12 @@ int64_t IndexKeyLayout::row_bytes() const {
 void encode_index_key(const IndexKeyLayout& layout, const float* x, uint8_t* row) {
   const int dim = layout.dim;
   switch (layout.format) {
-    case IndexFormat::kF32: std::memcpy(row, x, sizeof(float) * static_cast<size_t>(dim)); return;
-    case IndexFormat::kBf16: encode_bf16_array(x, dim, row); return;
+    case IndexFormat::kF32:
+      std::memcpy(row, x, sizeof(float) * static_cast<size_t>(dim));
+      return;
+    case IndexFormat::kBf16:
+      encode_bf16_array(x, dim, row);
+      return;
     case IndexFormat::kFp8: {
       uint8_t scale_byte = 0;
       encode_fp8_blocks(x, dim, dim, row, &scale_byte);
@@ -168,8 +187,12 @@ void encode_index_key(const IndexKeyLayout& layout, const float* x, uint8_t* row
 void decode_index_key(const IndexKeyLayout& layout, const uint8_t* row, float* y, CpuIsa isa) {
   const int dim = layout.dim;
   switch (layout.format) {
-    case IndexFormat::kF32: std::memcpy(y, row, sizeof(float) * static_cast<size_t>(dim)); return;
-    case IndexFormat::kBf16: decode_bf16_array(row, dim, y, isa); return;
+    case IndexFormat::kF32:
+      std::memcpy(y, row, sizeof(float) * static_cast<size_t>(dim));
+      return;
+    case IndexFormat::kBf16:
+      decode_bf16_array(row, dim, y, isa);
+      return;
     case IndexFormat::kFp8: {
       float scale = 0;
       std::memcpy(&scale, row + dim, 4);

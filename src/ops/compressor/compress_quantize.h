@@ -29,42 +29,44 @@ constexpr CompressorTraits compressor_traits(CompressorKind kind) {
 
 struct CompressCommon {
   CompressorKind kind;
-  const float* value;          // [num_tokens, width] wkv x
-  const float* gate;           // [num_tokens, width] wgate x, without position bias
-  const float* ape;            // [ratio, width] position bias
-  const bf16* norm_weight;     // [dim]
-  const float* cos_sin;        // [num_positions, 64]: 32 cosines, then 32 sines
-  float* state_value;          // [num_states, state_rows, width]
-  float* state_gate;           // [num_states, state_rows, width]
+  const float* value;       // [num_tokens, width] wkv x
+  const float* gate;        // [num_tokens, width] wgate x, without position bias
+  const float* ape;         // [ratio, width] position bias
+  const bf16* norm_weight;  // [dim]
+  const float* cos_sin;     // [num_positions, 64]: 32 cosines, then 32 sines
+  float* state_value;       // [num_states, state_rows, width]
+  float* state_gate;        // [num_states, state_rows, width]
   float rms_eps;
-  DevicePages pages;           // where rows (kCsa, kHca) or keys (kIndexer) go
-  KvFormat kv_format;          // kCsa, kHca
-  IndexFormat index_format;    // kIndexer
+  DevicePages pages;         // where rows (kCsa, kHca) or keys (kIndexer) go
+  KvFormat kv_format;        // kCsa, kHca
+  IndexFormat index_format;  // kIndexer
 };
 
 // One token of each of num_tokens sequences: stores it in the state; if it completes a window, writes the row.
 struct CompressDecodeArgs {
   CompressCommon common;
-  const int32_t* positions;    // [num_tokens]
-  const int32_t* states;       // [num_tokens] which state; no two tokens share one
-  const int32_t* rope_rows;    // [num_tokens] row of cos_sin for position window * ratio (used only if a window completes)
-  const int32_t* slots;        // [num_tokens] cache row, no two alike; outside [0, pages.num_rows): not stored
+  const int32_t* positions;  // [num_tokens]
+  const int32_t* states;     // [num_tokens] which state; no two tokens share one
+  const int32_t*
+      rope_rows;         // [num_tokens] row of cos_sin for position window * ratio (used only if a window completes)
+  const int32_t* slots;  // [num_tokens] cache row, no two alike; outside [0, pages.num_rows): not stored
   int64_t num_tokens;
 };
 
 // A chunk of one sequence: every window it completes, in parallel; then the state is brought up to date.
 struct CompressPrefillArgs {
-  CompressCommon common;       // state_*: this sequence's
+  CompressCommon common;  // state_*: this sequence's
   int64_t first_position;
   int64_t num_tokens;
-  const int32_t* rope_rows;    // [number of completed windows]
-  const int32_t* slots;        // [number of completed windows]
+  const int32_t* rope_rows;  // [number of completed windows]
+  const int32_t* slots;      // [number of completed windows]
 };
 
 void compress_quantize(const CompressDecodeArgs& args, const CpuContext& context);
 void compress_quantize(const CompressPrefillArgs& args, const CpuContext& context);
 
 // Values 0, gates -inf, for num_states states.
-void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states, const CpuContext& context);
+void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states,
+                             const CpuContext& context);
 
 }  // namespace dsv4

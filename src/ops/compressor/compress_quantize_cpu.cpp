@@ -30,7 +30,8 @@ class Sequence {
   bool store(int64_t token, int64_t position) {
     const int64_t width = traits_.width, to = position % traits_.state_rows * width, phase = position % traits_.ratio;
     std::copy_n(common_.value + token * width, width, value_ + to);
-    for (int64_t c = 0; c < width; ++c) gate_[to + c] = common_.gate[token * width + c] + common_.ape[phase * width + c];
+    for (int64_t c = 0; c < width; ++c)
+      gate_[to + c] = common_.gate[token * width + c] + common_.ape[phase * width + c];
     return phase + 1 == traits_.ratio;
   }
 
@@ -56,7 +57,8 @@ class Sequence {
     const bool overlap = traits_.state_rows == 2 * traits_.ratio;
     std::vector<const float*> value, gate;
     for (int64_t p = position - traits_.state_rows + 1; p <= position; ++p) {
-      const int64_t ring_row = (p + traits_.state_rows) % traits_.state_rows;  // p >= -ratio: the first window has no earlier one
+      const int64_t ring_row =
+          (p + traits_.state_rows) % traits_.state_rows;  // p >= -ratio: the first window has no earlier one
       const int64_t at = ring_row * traits_.width + (overlap && p > position - traits_.ratio ? traits_.dim : 0);
       value.push_back(value_ + at);
       gate.push_back(gate_ + at);
@@ -92,7 +94,8 @@ class Sequence {
 };
 
 void require_formats(const CompressCommon& common) {
-  DSV4_CHECK(common.kind == CompressorKind::kIndexer ? common.index_format != IndexFormat::kF32 : common.kv_format != KvFormat::kF32,
+  DSV4_CHECK(common.kind == CompressorKind::kIndexer ? common.index_format != IndexFormat::kF32
+                                                     : common.kv_format != KvFormat::kF32,
              "compress_quantize: pages hold no binary32 rows");
 }
 
@@ -119,7 +122,8 @@ void compress_quantize(const CompressPrefillArgs& args, const CpuContext& contex
   }
 }
 
-void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states, const CpuContext&) {
+void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states,
+                             const CpuContext&) {
   const CompressorTraits traits = compressor_traits(kind);
   std::fill_n(state_value, num_states * traits.state_rows * traits.width, 0.0f);
   std::fill_n(state_gate, num_states * traits.state_rows * traits.width, -std::numeric_limits<float>::infinity());

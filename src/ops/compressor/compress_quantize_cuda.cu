@@ -17,14 +17,15 @@ struct Traits {
   static constexpr bool kOverlap = kKind != CompressorKind::kHca;
   static constexpr int kSlots = kOverlap ? 2 * kShape.ratio : kShape.ratio;
   static constexpr int kSlotsPerThread = 8;
-  static constexpr int kGroups = kSlots / kSlotsPerThread;                      // 1, HCA 16
+  static constexpr int kGroups = kSlots / kSlotsPerThread;  // 1, HCA 16
   static constexpr int kClusterCtas = kKind == CompressorKind::kHca ? 8 : 1;
-  static constexpr int kChannels = kShape.dim / kClusterCtas;                   // of one CTA
-  static constexpr int kLanes = kChannels / 4;                                  // threads across the channels
+  static constexpr int kChannels = kShape.dim / kClusterCtas;  // of one CTA
+  static constexpr int kLanes = kChannels / 4;                 // threads across the channels
   static constexpr int kThreads = kLanes * kGroups, kWarps = kThreads / 32;
-  static constexpr int kActiveWarps = (kLanes + 31) / 32;                       // that hold finished channels
+  static constexpr int kActiveWarps = (kLanes + 31) / 32;  // that hold finished channels
   static constexpr int kHalves = kOverlap ? 2 : 1;
-  static constexpr int kTokenPieces = (kLanes * kHalves + kThreads - 1) / kThreads;  // of a token, four channels each, a thread stores
+  static constexpr int kTokenPieces =
+      (kLanes * kHalves + kThreads - 1) / kThreads;  // of a token, four channels each, a thread stores
   struct SharedStorage {
     alignas(8) uint64_t squares_barrier;
     float square_sums[kClusterCtas];
@@ -36,9 +37,9 @@ struct Traits {
 
 // What one CTA (or cluster) works on: a window, and where its tokens are.
 struct Window {
-  int64_t position;        // decode: the token's; prefill: the window's last
-  int64_t first_fresh;     // positions from here on come from value/gate, earlier ones from the state
-  const float* value;      // [.., width] of position first_fresh
+  int64_t position;     // decode: the token's; prefill: the window's last
+  int64_t first_fresh;  // positions from here on come from value/gate, earlier ones from the state
+  const float* value;   // [.., width] of position first_fresh
   const float* gate;
   float* state_value;
   float* state_gate;
@@ -57,7 +58,9 @@ __device__ __forceinline__ Float4 load4_l2(const float* pointer) {
   const float4 v = __ldcg(reinterpret_cast<const float4*>(pointer));
   return {{v.x, v.y, v.z, v.w}};
 }
-__device__ __forceinline__ void store4(float* pointer, const Float4& v) { *reinterpret_cast<float4*>(pointer) = {v.v[0], v.v[1], v.v[2], v.v[3]}; }
+__device__ __forceinline__ void store4(float* pointer, const Float4& v) {
+  *reinterpret_cast<float4*>(pointer) = {v.v[0], v.v[1], v.v[2], v.v[3]};
+}
 
 // What a thread writes of a token's projections into its ring row; loaded early, stored when everything else has arrived too.
 template <class T>
@@ -74,7 +77,8 @@ __device__ __forceinline__ bool has_piece(int piece) {
   return static_cast<int>(threadIdx.x) + piece * T::kThreads < T::kLanes * T::kHalves;
 }
 template <class T>
-__device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args, const Window& window, int64_t position, int first_channel) {
+__device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args, const Window& window, int64_t position,
+                                                     int first_channel) {
   TokenPieces<T> pieces{};
 #pragma unroll
   for (int i = 0; i < T::kTokenPieces; ++i) {
@@ -90,18 +94,22 @@ __device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args,
   return pieces;
 }
 template <class T>
-__device__ __forceinline__ void store_token(const Window& window, int64_t position, int first_channel, const TokenPieces<T>& pieces) {
+__device__ __forceinline__ void store_token(const Window& window, int64_t position, int first_channel,
+                                            const TokenPieces<T>& pieces) {
 #pragma unroll
   for (int i = 0; i < T::kTokenPieces; ++i) {
     if (!has_piece<T>(i)) continue;
-    const int64_t to = int64_t{static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width} + piece_channel<T>(i, first_channel);
+    const int64_t to = int64_t{static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width} +
+                       piece_channel<T>(i, first_channel);
     store4(window.state_value + to, pieces.value[i]);
     store4(window.state_gate + to, pieces.gate[i]);
   }
 }
 
 // e^(x - max) for x <= max, by the hardware's 2^x (2 ulp, nothing below 2^-126 counts); 0 when x is -inf.
-__device__ __forceinline__ float exp_below(float x, float max) { return x == -INFINITY ? 0.0f : ptx::exp2_approx((x - max) * 1.44269504f); }
+__device__ __forceinline__ float exp_below(float x, float max) {
+  return x == -INFINITY ? 0.0f : ptx::exp2_approx((x - max) * 1.44269504f);
+}
 
 // A slot of the window that ends before window_end.
 struct Slot {
@@ -114,11 +122,13 @@ __device__ __forceinline__ Slot slot_at(int64_t window_end, int slot, int channe
 }
 // Its value and gate, from the projections.
 template <class T>
-__device__ __forceinline__ void load_fresh(const CompressCommon& args, const Window& window, const Slot& slot, Float4& value, Float4& gate) {
+__device__ __forceinline__ void load_fresh(const CompressCommon& args, const Window& window, const Slot& slot,
+                                           Float4& value, Float4& gate) {
   const int64_t at = (slot.position - window.first_fresh) * T::kShape.width + slot.channel;
   value = load4(window.value + at);
   gate = load4(window.gate + at);
-  const Float4 bias = load4(args.ape + static_cast<uint32_t>(slot.position) % T::kShape.ratio * T::kShape.width + slot.channel);
+  const Float4 bias =
+      load4(args.ape + static_cast<uint32_t>(slot.position) % T::kShape.ratio * T::kShape.width + slot.channel);
 #pragma unroll
   for (int i = 0; i < 4; ++i) gate.v[i] += bias.v[i];
 }
@@ -144,7 +154,8 @@ struct Pooled {
 __device__ __forceinline__ void merge(Pooled& a, const Pooled& b) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float max = fmaxf(a.max.v[i], b.max.v[i]), own = exp_below(a.max.v[i], max), other = exp_below(b.max.v[i], max);
+    const float max = fmaxf(a.max.v[i], b.max.v[i]), own = exp_below(a.max.v[i], max),
+                other = exp_below(b.max.v[i], max);
     a.max.v[i] = max;
     a.sum.v[i] = __fmaf_rn(b.sum.v[i], other, a.sum.v[i] * own);
     a.weighted.v[i] = __fmaf_rn(b.weighted.v[i], other, a.weighted.v[i] * own);
@@ -164,7 +175,8 @@ __device__ __forceinline__ Pooled from_lane_xor(const Pooled& a, int mask) {
 // The pooled channels, in the threads below kLanes (HCA: in both halves of warp 0). await_projections() is called when everything else is
 // on its way, loaded() when all has arrived.
 template <class T, bool kDecode, class Await, class Loaded>
-__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel, typename T::SharedStorage& shared, const Await& await_projections,
+__device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel,
+                                       typename T::SharedStorage& shared, const Await& await_projections,
                                        const Loaded& loaded) {
   const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
   const int channel = first_channel + lane * 4;
@@ -180,7 +192,8 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
   await_projections();
   if constexpr (kDecode) {  // only the newest token is fresh
     const Slot slot = slot_at<T>(window.position + 1, (group + 1) * T::kSlotsPerThread - 1, channel);
-    if (slot.position >= window.first_fresh) load_fresh<T>(args, window, slot, values[T::kSlotsPerThread - 1], gates[T::kSlotsPerThread - 1]);
+    if (slot.position >= window.first_fresh)
+      load_fresh<T>(args, window, slot, values[T::kSlotsPerThread - 1], gates[T::kSlotsPerThread - 1]);
   }
   Pooled pooled;
 #pragma unroll
@@ -212,7 +225,8 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
       constexpr int kParts = T::kWarps / 2;
       const int first = group * kParts;
       const auto part = [&](int w) {
-        return Pooled{load4(reinterpret_cast<const float*>(&shared.max[w][lane])), load4(reinterpret_cast<const float*>(&shared.sum[w][lane])),
+        return Pooled{load4(reinterpret_cast<const float*>(&shared.max[w][lane])),
+                      load4(reinterpret_cast<const float*>(&shared.sum[w][lane])),
                       load4(reinterpret_cast<const float*>(&shared.weighted[w][lane]))};
       };
       pooled = part(first);
@@ -232,10 +246,12 @@ struct Rotation {
 };
 template <class T>
 __device__ __forceinline__ uint2 fetch_norm_weight(const CompressCommon& args, int first_channel) {
-  return __ldg(reinterpret_cast<const uint2*>(args.norm_weight + first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes)));
+  return __ldg(
+      reinterpret_cast<const uint2*>(args.norm_weight + first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes)));
 }
 template <class T>
-__device__ __forceinline__ Rotation fetch_rotation(const CompressCommon& args, const Window& window, int first_channel) {
+__device__ __forceinline__ Rotation fetch_rotation(const CompressCommon& args, const Window& window,
+                                                   int first_channel) {
   const int rope_channel = first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes) - (T::kShape.dim - kKvRopeDim);
   if (rope_channel < 0) return {};
   const float* cosines = args.cos_sin + int64_t{window.rope_row} * kKvRopeDim + rope_channel / 2;
@@ -255,7 +271,8 @@ __device__ __forceinline__ float row_squares(const Float4& x, typename T::Shared
     static_assert(T::kActiveWarps == 1);
     const uint32_t rank = ptx::cluster_cta_rank();
     if (threadIdx.x < T::kClusterCtas)
-      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.square_sums[rank], threadIdx.x), square, ptx::map_to_cta(&shared.squares_barrier, threadIdx.x));
+      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.square_sums[rank], threadIdx.x), square,
+                                   ptx::map_to_cta(&shared.squares_barrier, threadIdx.x));
     ptx::mbarrier_wait_cluster(&shared.squares_barrier, 0);
     square = 0;
 #pragma unroll
@@ -272,11 +289,13 @@ __device__ __forceinline__ float row_squares(const Float4& x, typename T::Shared
 
 // Norm, rotation and rounding of the pooled channels.
 template <class T>
-__device__ __forceinline__ void finish(const CompressCommon& args, uint2 weight, const Rotation& rotation, int first_channel, Float4& x, typename T::SharedStorage& shared) {
+__device__ __forceinline__ void finish(const CompressCommon& args, uint2 weight, const Rotation& rotation,
+                                       int first_channel, Float4& x, typename T::SharedStorage& shared) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(x.v[i]);
   const float factor = ptx::rsqrt_approx(__fmaf_rn(row_squares<T>(x, shared), 1.0f / T::kShape.dim, args.rms_eps));
-  const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y), ptx::high_bf16(weight.y)};
+  const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y),
+                      ptx::high_bf16(weight.y)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(w[i] * (x.v[i] * factor));
   if (first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes) < T::kShape.dim - kKvRopeDim) return;
@@ -306,7 +325,8 @@ __device__ __forceinline__ void hadamard128(float (&x)[4]) {
 }
 
 template <class T, bool kDecode, class Await, class Loaded>
-__device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel, uint2 norm_weight, typename T::SharedStorage& shared,
+__device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel,
+                                     uint2 norm_weight, typename T::SharedStorage& shared,
                                      const Await& await_projections, const Loaded& loaded) {
   if constexpr (T::kClusterCtas > 1) {
     if (threadIdx.x == 0) {
@@ -319,10 +339,13 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
     ptx::cluster_arrive();
   }
   const Rotation rotation = fetch_rotation<T>(args, window, first_channel);
-  const RowAddress address =
-      row_address(args.pages, T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format), window.slot);
+  const RowAddress address = row_address(
+      args.pages,
+      T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format),
+      window.slot);
   Float4 x = pool<T, kDecode>(args, window, first_channel, shared, await_projections, loaded);
-  if constexpr (T::kClusterCtas > 1) ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
+  if constexpr (T::kClusterCtas > 1)
+    ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
   if (threadIdx.x >= 32 * T::kActiveWarps) return;
   finish<T>(args, norm_weight, rotation, first_channel, x, shared);
   if (window.slot < 0 || window.slot >= args.pages.num_rows) return;
@@ -330,7 +353,8 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
     if (args.index_format != IndexFormat::kBf16) hadamard128(x.v);
     write_index_key(address, args.index_format, x.v);
   } else {
-    write_kv_quad(address, args.kv_format, first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes), threadIdx.x < T::kLanes, x.v);
+    write_kv_quad(address, args.kv_format, first_channel + 4 * static_cast<int>(threadIdx.x % T::kLanes),
+                  threadIdx.x < T::kLanes, x.v);
   }
 }
 
@@ -391,7 +415,8 @@ __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPref
   window.state_gate = common.state_gate;
   window.rope_row = args.rope_rows[index];
   window.slot = args.slots[index];
-  emit<T, false>(common, window, first_channel, norm_weight, shared, [] {}, [] {});
+  emit<T, false>(
+      common, window, first_channel, norm_weight, shared, [] {}, [] {});
 }
 
 // After the windows: the last tokens of the chunk go into the ring. One CTA per token and part of the channels.
@@ -421,37 +446,50 @@ __global__ void fill_kernel(float* values, float* gates, int64_t count) {
 
 template <class T>
 gpu::LaunchConfig config_for(int64_t jobs, size_t smem_bytes, const GpuContext& context) {
-  return {.grid = static_cast<uint32_t>(jobs * T::kClusterCtas), .block = T::kThreads, .smem_bytes = static_cast<int>(smem_bytes), .stream = context.stream,
-          .cluster = T::kClusterCtas, .dependent = context.dependent};
+  return {.grid = static_cast<uint32_t>(jobs * T::kClusterCtas),
+          .block = T::kThreads,
+          .smem_bytes = static_cast<int>(smem_bytes),
+          .stream = context.stream,
+          .cluster = T::kClusterCtas,
+          .dependent = context.dependent};
 }
 
 template <class T>
 void run(const CompressDecodeArgs& args, const GpuContext& context) {
   const bool early = args.num_tokens * T::kClusterCtas <= 2 * context.num_sms;
-  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args, early);
+  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args,
+              early);
 }
 
 template <class T>
 void run(const CompressPrefillArgs& args, const GpuContext& context) {
   const int64_t end = args.first_position + args.num_tokens;
   const int64_t windows = end / T::kShape.ratio - args.first_position / T::kShape.ratio;
-  if (windows > 0) gpu::launch(prefill_kernel<T>, config_for<T>(windows, sizeof(typename T::SharedStorage), context), args);
-  const int64_t first = end - args.num_tokens < end - T::kShape.state_rows ? end - T::kShape.state_rows : args.first_position;
+  if (windows > 0)
+    gpu::launch(prefill_kernel<T>, config_for<T>(windows, sizeof(typename T::SharedStorage), context), args);
+  const int64_t first =
+      end - args.num_tokens < end - T::kShape.state_rows ? end - T::kShape.state_rows : args.first_position;
   gpu::launch(state_kernel<T>, config_for<T>(end - first, 0, context), args, first);
 }
 
 template <class Args>
 void dispatch(const Args& args, const GpuContext& context) {
   const CompressCommon& common = args.common;
-  DSV4_GPU_REQUIRE("compress_quantize", common.pages.rows_per_page > 0 && common.pages.page_stride % 16 == 0, "page_stride = %lld, rows_per_page = %d",
-                   static_cast<long long>(common.pages.page_stride), common.pages.rows_per_page);
-  DSV4_GPU_REQUIRE("compress_quantize", common.kind == CompressorKind::kIndexer ? common.index_format != IndexFormat::kF32 : common.kv_format != KvFormat::kF32,
+  DSV4_GPU_REQUIRE("compress_quantize", common.pages.rows_per_page > 0 && common.pages.page_stride % 16 == 0,
+                   "page_stride = %lld, rows_per_page = %d", static_cast<long long>(common.pages.page_stride),
+                   common.pages.rows_per_page);
+  DSV4_GPU_REQUIRE("compress_quantize",
+                   common.kind == CompressorKind::kIndexer ? common.index_format != IndexFormat::kF32
+                                                           : common.kv_format != KvFormat::kF32,
                    "binary32 rows exist on the CPU only");
   if (args.num_tokens == 0) return;
   switch (common.kind) {
-    case CompressorKind::kCsa: return run<Traits<CompressorKind::kCsa>>(args, context);
-    case CompressorKind::kHca: return run<Traits<CompressorKind::kHca>>(args, context);
-    case CompressorKind::kIndexer: return run<Traits<CompressorKind::kIndexer>>(args, context);
+    case CompressorKind::kCsa:
+      return run<Traits<CompressorKind::kCsa>>(args, context);
+    case CompressorKind::kHca:
+      return run<Traits<CompressorKind::kHca>>(args, context);
+    case CompressorKind::kIndexer:
+      return run<Traits<CompressorKind::kIndexer>>(args, context);
   }
 }
 
@@ -460,10 +498,11 @@ void dispatch(const Args& args, const GpuContext& context) {
 void compress_quantize(const CompressDecodeArgs& args, const GpuContext& context) { dispatch(args, context); }
 void compress_quantize(const CompressPrefillArgs& args, const GpuContext& context) { dispatch(args, context); }
 
-void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states, const GpuContext& context) {
+void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states,
+                             const GpuContext& context) {
   const CompressorTraits traits = compressor_traits(kind);
-  gpu::launch(fill_kernel, {.grid = 256, .block = 256, .stream = context.stream, .dependent = context.dependent}, state_value, state_gate,
-              num_states * traits.state_rows * traits.width);
+  gpu::launch(fill_kernel, {.grid = 256, .block = 256, .stream = context.stream, .dependent = context.dependent},
+              state_value, state_gate, num_states * traits.state_rows * traits.width);
 }
 
 }  // namespace dsv4

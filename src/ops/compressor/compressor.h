@@ -19,12 +19,12 @@ namespace dsv4 {
 struct CompressorShape {
   int ratio;
   bool overlap;
-  int dim;        // channels of a finished row
+  int dim;  // channels of a finished row
   int rope_dim;
 
-  int width() const { return overlap ? 2 * dim : dim; }                     // of a token's projection
+  int width() const { return overlap ? 2 * dim : dim; }  // of a token's projection
   int64_t state_rows() const { return overlap ? 2 * ratio : ratio; }
-  int64_t state_elems() const { return state_rows() * width(); }            // of each of the two buffers
+  int64_t state_elems() const { return state_rows() * width(); }  // of each of the two buffers
 };
 
 struct CompressorArgs {
@@ -34,13 +34,13 @@ struct CompressorArgs {
   const float* ape;          // [ratio, width] position bias
   const float* norm_weight;  // [dim]
   const RopeFreqs* rope;
-  float* state_value;        // [state_rows, width] updated
-  float* state_gate;         // [state_rows, width] updated
-  float* rows;               // [number of completed windows, dim] finished rows, first one is window first_position / ratio
+  float* state_value;  // [state_rows, width] updated
+  float* state_gate;   // [state_rows, width] updated
+  float* rows;         // [number of completed windows, dim] finished rows, first one is window first_position / ratio
   int64_t first_position;
   int64_t num_tokens;
   float rms_eps;
-  bool round_output;         // to bf16
+  bool round_output;  // to bf16
 };
 
 // Windows completed by a chunk: rows that compress() writes.

@@ -49,8 +49,10 @@ void pool_window(const CompressorArgs& args, const VecKernels& vec, ChannelRange
 void shift_overlap(const CompressorArgs& args, ChannelRange range) {
   const int64_t width = args.shape.width(), ratio = args.shape.ratio;
   for (int64_t slot = 0; slot < ratio; ++slot) {  // only the forward half of the previous window is ever read
-    std::copy_n(args.state_value + (ratio + slot) * width + range.begin, range.size(), args.state_value + slot * width + range.begin);
-    std::copy_n(args.state_gate + (ratio + slot) * width + range.begin, range.size(), args.state_gate + slot * width + range.begin);
+    std::copy_n(args.state_value + (ratio + slot) * width + range.begin, range.size(),
+                args.state_value + slot * width + range.begin);
+    std::copy_n(args.state_gate + (ratio + slot) * width + range.begin, range.size(),
+                args.state_gate + slot * width + range.begin);
   }
 }
 
@@ -91,7 +93,8 @@ void reset_compressor_state(const CompressorShape& shape, float* state_value, fl
 }
 
 void compress(const CompressorArgs& args, const CpuContext& context) {
-  DSV4_CHECK(args.shape.rope_dim <= 1024 && args.shape.rope_dim <= args.shape.dim, "rope_dim = {}", args.shape.rope_dim);
+  DSV4_CHECK(args.shape.rope_dim <= 1024 && args.shape.rope_dim <= args.shape.dim, "rope_dim = {}",
+             args.shape.rope_dim);
   const VecKernels& vec = vec_kernels(context.isa);
   // A multiple of the widest vector, so that where a range ends never changes how a channel is computed.
   constexpr int64_t kChannels = 128;
@@ -102,9 +105,8 @@ void compress(const CompressorArgs& args, const CpuContext& context) {
   });
   const int64_t first_window = args.first_position / args.shape.ratio;
   const int64_t num_rows = num_completed_windows(args.first_position, args.num_tokens, args.shape.ratio);
-  for_rows(context, num_rows, 8 * args.shape.dim, [&](int64_t r) {
-    finish_row(args, first_window + r, context, args.rows + r * args.shape.dim);
-  });
+  for_rows(context, num_rows, 8 * args.shape.dim,
+           [&](int64_t r) { finish_row(args, first_window + r, context, args.rows + r * args.shape.dim); });
 }
 
 }  // namespace dsv4

@@ -13,6 +13,7 @@ void compress_quantize(const CompressDecodeArgs& args, const GpuContext& context
 void compress_quantize(const CompressPrefillArgs& args, const GpuContext& context);
 
 // Values 0, gates -inf, for num_states states.
-void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states, const GpuContext& context);
+void reset_compressor_states(CompressorKind kind, float* state_value, float* state_gate, int64_t num_states,
+                             const GpuContext& context);
 
 }  // namespace dsv4

@@ -17,13 +17,16 @@ __device__ __forceinline__ uint32_t encode_e2m1x4(const float (&x)[4], float mul
   uint32_t codes = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    codes |= (small ? (e2m1_magnitude(fabsf(y[i])) & 7u) | __float_as_uint(x[i]) >> 31 << 3 : static_cast<uint32_t>(encode_e2m1(y[i]))) << (4 * i);
+    codes |= (small ? (e2m1_magnitude(fabsf(y[i])) & 7u) | __float_as_uint(x[i]) >> 31 << 3
+                    : static_cast<uint32_t>(encode_e2m1(y[i])))
+             << (4 * i);
   return codes;
 }
 
 // Neighbouring lanes hold neighbouring quads: channel .. channel + 3, already rounded to bf16; lanes in aligned groups of sixteen. Whole
 // warps come here; valid: this lane's quad is to be written.
-__device__ __forceinline__ void write_kv_quad(const RowAddress& address, KvFormat format, int channel, bool valid, const float (&x)[4]) {
+__device__ __forceinline__ void write_kv_quad(const RowAddress& address, KvFormat format, int channel, bool valid,
+                                              const float (&x)[4]) {
   constexpr int kNope = kKvHeadDim - kKvRopeDim;
   const uint2 pairs = {ptx::cvt_bf16x2(x[0], x[1]), ptx::cvt_bf16x2(x[2], x[3])};
   if (format == KvFormat::kBf16) {
@@ -43,7 +46,8 @@ __device__ __forceinline__ void write_kv_quad(const RowAddress& address, KvForma
     if (rotated)
       *reinterpret_cast<uint2*>(address.data + kNope + 2 * (channel - kNope)) = pairs;
     else
-      *reinterpret_cast<uint32_t*>(address.data + channel) = ptx::cvt_e4m3x2(x[0] * factor, x[1] * factor) | ptx::cvt_e4m3x2(x[2] * factor, x[3] * factor) << 16;
+      *reinterpret_cast<uint32_t*>(address.data + channel) =
+          ptx::cvt_e4m3x2(x[0] * factor, x[1] * factor) | ptx::cvt_e4m3x2(x[2] * factor, x[3] * factor) << 16;
     if (channel % kFp8KvBlock == 0) address.scales[channel / kFp8KvBlock] = rotated ? 0 : static_cast<uint8_t>(scale);
   } else {
     if (!valid) return;
@@ -51,7 +55,8 @@ __device__ __forceinline__ void write_kv_quad(const RowAddress& address, KvForma
     if (rotated)
       *reinterpret_cast<uint2*>(address.data + kNope / 2 + 2 * (channel - kNope)) = pairs;
     else
-      *reinterpret_cast<uint16_t*>(address.data + channel / 2) = static_cast<uint16_t>(encode_e2m1x4(x, scale.multiplier));
+      *reinterpret_cast<uint16_t*>(address.data + channel / 2) =
+          static_cast<uint16_t>(encode_e2m1x4(x, scale.multiplier));
     if (channel % 16 == 0) address.scales[channel / 16] = rotated ? 0 : static_cast<uint8_t>(scale.sf);
   }
 }

@@ -13,10 +13,12 @@ inline float max_lane(__m256 v) {
 inline __m256i encode_doubled(__m256 v) {
   const __m256 a = abs_ps(v);
   const auto above = [&](float threshold, int step) {  // a > threshold, or NaN
-    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLE_UQ)), _mm256_set1_epi32(step));
+    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLE_UQ)),
+                            _mm256_set1_epi32(step));
   };
   const auto from = [&](float threshold, int step) {  // a >= threshold, or NaN
-    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLT_UQ)), _mm256_set1_epi32(step));
+    return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(a, _mm256_set1_ps(threshold), _CMP_NLT_UQ)),
+                            _mm256_set1_epi32(step));
   };
   __m256i magnitude = _mm256_add_epi32(above(0.25f, 1), from(0.75f, 1));
   magnitude = _mm256_add_epi32(magnitude, _mm256_add_epi32(above(1.25f, 1), from(1.75f, 1)));
@@ -52,7 +54,8 @@ inline GlobalScale quantize_act_groups(const float* x, int64_t cols, const Sink&
     const float amax = max_lane(_mm256_max_ps(abs_ps(b), _mm256_max_ps(abs_ps(a), _mm256_setzero_ps())));
     const uint8_t sf = nvfp4_runtime_sf(amax, rcp6);
     const __m256 multiplier = _mm256_set1_ps(nvfp4_runtime_multiplier(sf, global));
-    sink(g, encode_doubled(_mm256_mul_ps(a, multiplier)), encode_doubled(_mm256_mul_ps(b, multiplier)), decode_ue4m3(sf));
+    sink(g, encode_doubled(_mm256_mul_ps(a, multiplier)), encode_doubled(_mm256_mul_ps(b, multiplier)),
+         decode_ue4m3(sf));
   }
   return global;
 }

@@ -50,7 +50,8 @@ inline void run_direct(const std::byte* w, int64_t w_stride, const std::byte* co
       for (int t = 0; t < kTokens; ++t) acc[r][t] = F::mul_add(acc[r][t], wv, xv[t]);
     }
   }
-  if (k == end) [[likely]] return;
+  if (k == end) [[likely]]
+    return;
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     const typename F::X xv = load_x_tail<F>(x[t] + k * F::kActBytes, end - k);
@@ -71,7 +72,8 @@ inline void dot_direct(const PanelArgs& args, int row, const std::byte* const* x
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) total[r][t] = acc_zero();
   if constexpr (F::kBlockScaled) {
-    const float* scales = v.block_scales + (args.row_begin / kScaleBlockCols) * ((v.cols + kScaleBlockCols - 1) / kScaleBlockCols);
+    const float* scales =
+        v.block_scales + (args.row_begin / kScaleBlockCols) * ((v.cols + kScaleBlockCols - 1) / kScaleBlockCols);
     for (int64_t begin = 0; begin < v.cols; begin += kScaleBlockCols) {
       const int64_t end = begin + kScaleBlockCols < v.cols ? begin + kScaleBlockCols : v.cols;
       Acc part[kRows][kTokens];
@@ -134,7 +136,8 @@ inline void run_decoded(const typename F::W (*decoded)[4], const std::byte* cons
     }
   }
   const int64_t k = begin + full_steps * F::kStep;
-  if (k == end) [[likely]] return;
+  if (k == end) [[likely]]
+    return;
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
     const typename F::X xv = load_x_tail<F>(x[t] + k * F::kActBytes, end - k);
@@ -177,12 +180,15 @@ void dot_blocked(const PanelArgs& args, const std::byte* const* x, int num_x, fl
     float scale = 1.0f;
     if constexpr (F::kBlockScaled)
       scale = v.block_scales[(args.row_begin / kScaleBlockCols) * ((v.cols + kScaleBlockCols - 1) / kScaleBlockCols) +
-                             begin / kScaleBlockCols] * F::kDecodeFactor;
+                             begin / kScaleBlockCols] *
+              F::kDecodeFactor;
     for (int r = 0; r < row_quads * 4; ++r) {
       const std::byte* w_row = w + (r < args.num_rows ? r : args.num_rows - 1) * stride;
       int64_t k = begin;
-      for (; k + F::kStep <= end; k += F::kStep) s.decoded[r / 4][(k - begin) / F::kStep][r % 4] = F::load_w(w_row + k * F::kWeightBytes);
-      if (k < end) s.decoded[r / 4][(k - begin) / F::kStep][r % 4] = load_w_tail<F>(w_row + k * F::kWeightBytes, end - k);
+      for (; k + F::kStep <= end; k += F::kStep)
+        s.decoded[r / 4][(k - begin) / F::kStep][r % 4] = F::load_w(w_row + k * F::kWeightBytes);
+      if (k < end)
+        s.decoded[r / 4][(k - begin) / F::kStep][r % 4] = load_w_tail<F>(w_row + k * F::kWeightBytes, end - k);
     }
     const auto tile = [&](auto tokens, int token) {
       for (int quad = 0; quad < row_quads; ++quad)

@@ -36,10 +36,14 @@ void check_args(const GemmArgs& args) {
 
 const PanelKernels* panel_kernels(CpuIsa isa) {
   switch (isa) {
-    case CpuIsa::kReference: return nullptr;
-    case CpuIsa::kAvx2: return &panel_kernels_avx2();
-    case CpuIsa::kAvx512: return &panel_kernels_avx512();
-    case CpuIsa::kAmx: return &panel_kernels_amx();
+    case CpuIsa::kReference:
+      return nullptr;
+    case CpuIsa::kAvx2:
+      return &panel_kernels_avx2();
+    case CpuIsa::kAvx512:
+      return &panel_kernels_avx512();
+    case CpuIsa::kAmx:
+      return &panel_kernels_amx();
   }
   return nullptr;
 }

@@ -19,15 +19,17 @@
 namespace dsv4 {
 
 struct GemmArgs {
-  const float* x;        // [num_tokens, w.cols], rows x_stride apart
-  const Weight* w;       // [rows, cols]
-  float* y;              // [num_tokens, w.rows], rows y_stride apart; must not alias x
-  int64_t num_tokens;    // 0 is legal
-  int64_t x_stride;      // elements, >= w.cols
-  int64_t y_stride;      // elements, >= w.rows
-  bool round_output;     // to bf16
-  bool x_is_bf16 = false;  // says that every x is a bf16 value, which allows bf16 products (kAmx; the others: binary32 only)
-  bool x_to_nvfp4 = false; // a4: each row of x is quantised by the run-time rule, then as moe.h says; needs an NVFP4 weight
+  const float* x;      // [num_tokens, w.cols], rows x_stride apart
+  const Weight* w;     // [rows, cols]
+  float* y;            // [num_tokens, w.rows], rows y_stride apart; must not alias x
+  int64_t num_tokens;  // 0 is legal
+  int64_t x_stride;    // elements, >= w.cols
+  int64_t y_stride;    // elements, >= w.rows
+  bool round_output;   // to bf16
+  bool x_is_bf16 =
+      false;  // says that every x is a bf16 value, which allows bf16 products (kAmx; the others: binary32 only)
+  bool x_to_nvfp4 =
+      false;  // a4: each row of x is quantised by the run-time rule, then as moe.h says; needs an NVFP4 weight
 };
 
 void gemm(const GemmArgs& args, const CpuContext& context);

@@ -94,7 +94,8 @@ float dot_a4(const Nvfp4Row& x, const WeightView& w, int64_t row) {
 void gemm_reference_a4(const GemmArgs& args, const CpuContext& context) {
   const WeightView& w = args.w->view;
   std::vector<Nvfp4Row> x;
-  for (int64_t token = 0; token < args.num_tokens; ++token) x.push_back(quantize_row(args.x + token * args.x_stride, w.cols));
+  for (int64_t token = 0; token < args.num_tokens; ++token)
+    x.push_back(quantize_row(args.x + token * args.x_stride, w.cols));
   context.pool.parallel_for(w.rows, [&](int64_t row) {
     for (int64_t token = 0; token < args.num_tokens; ++token) {
       const float y = dot_a4(x[static_cast<size_t>(token)], w, row);

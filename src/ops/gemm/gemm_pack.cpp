@@ -34,7 +34,8 @@ void interleave_nodes(void* area, int64_t bytes) {
     if (std::filesystem::exists("/sys/devices/system/node/node" + std::to_string(node), error)) nodes |= 1ul << node;
   }
   constexpr int kInterleave = 3;  // MPOL_INTERLEAVE; a refusal only costs speed
-  if (std::popcount(nodes) > 1) ::syscall(SYS_mbind, area, static_cast<unsigned long>(bytes), kInterleave, &nodes, 65ul, 0u);
+  if (std::popcount(nodes) > 1)
+    ::syscall(SYS_mbind, area, static_cast<unsigned long>(bytes), kInterleave, &nodes, 65ul, 0u);
 #endif
 }
 
@@ -65,7 +66,8 @@ void transpose_codes(const std::byte* src, int64_t row_bytes, std::byte* dst) {
     const std::byte* row = src + quad * 4 * row_bytes;
     for (int r = 0; r < 4; ++r) _mm_prefetch(reinterpret_cast<const char*>(row + (r + 16) * row_bytes), _MM_HINT_T1);
     for (int half = 0; half < 2; ++half, row += 16) {
-      const __m128i a = load16(row), b = load16(row + row_bytes), c = load16(row + 2 * row_bytes), d = load16(row + 3 * row_bytes);
+      const __m128i a = load16(row), b = load16(row + row_bytes), c = load16(row + 2 * row_bytes),
+                    d = load16(row + 3 * row_bytes);
       const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
       const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
       std::byte* to = dst + half * 256 + quad * 16;
@@ -152,7 +154,8 @@ void pack_weights(std::span<Weight* const> weights, const CpuContext& context,
     offset += packed_bytes(weight->view);
   }
 
-  const int64_t step = std::max<int64_t>(1, progress ? static_cast<int64_t>(jobs.size()) / 100 : static_cast<int64_t>(jobs.size()));
+  const int64_t step =
+      std::max<int64_t>(1, progress ? static_cast<int64_t>(jobs.size()) / 100 : static_cast<int64_t>(jobs.size()));
   int64_t done = 0;
   for (int64_t begin = 0; begin < static_cast<int64_t>(jobs.size()); begin += step) {
     const int64_t end = std::min<int64_t>(begin + step, static_cast<int64_t>(jobs.size()));

@@ -70,7 +70,9 @@ PanelArgs panel_args(const PanelRef& panel, int idx, ActForm form, const std::by
   const WeightView& view = panel.w->view;
   const std::byte* records = panel_records(*panel.w, panel.row_begin, scratch.panel[idx]);
   const int num_rows = static_cast<int>(std::min<int64_t>(kPanelRows, view.rows - panel.row_begin));
-  return {&view, records, panel.row_begin, num_rows, x, num_x, form, panel.out, scratch.kernel.get<std::byte>(kPanelScratchBytes)};
+  return {&view,    records,   panel.row_begin,
+          num_rows, x,         num_x,
+          form,     panel.out, scratch.kernel.get<std::byte>(kPanelScratchBytes)};
 }
 
 }  // namespace
@@ -80,8 +82,8 @@ void run_panel(const PanelKernels& kernels, const Weight& w, int64_t row_begin, 
   kernels.dot(panel_args({&w, row_begin, out}, 0, form, x, num_x));
 }
 
-void run_panel_pair(const PanelKernels& kernels, const PanelRef& a, const PanelRef& b, ActForm form, const std::byte* const* x,
-                    int64_t num_x) {
+void run_panel_pair(const PanelKernels& kernels, const PanelRef& a, const PanelRef& b, ActForm form,
+                    const std::byte* const* x, int64_t num_x) {
   kernels.dot_pair(panel_args(a, 0, form, x, num_x), panel_args(b, 1, form, x, num_x));
 }
 
@@ -105,7 +107,8 @@ double work_bytes(const WeightView& w, int64_t num_tokens) {
   return static_cast<double>(w.stored_bytes()) * static_cast<double>(std::max<int64_t>(1, num_tokens / 2));
 }
 
-void store_panel(const GemmArgs& args, const PanelKernels& kernels, int64_t token, int64_t count, int64_t row, float* out) {
+void store_panel(const GemmArgs& args, const PanelKernels& kernels, int64_t token, int64_t count, int64_t row,
+                 float* out) {
   if (args.round_output) kernels.round_bf16(out, count * kPanelRows);
   const int64_t num_rows = std::min<int64_t>(kPanelRows, args.w->view.rows - row);
   for (int64_t t = 0; t < count; ++t)
@@ -123,7 +126,8 @@ void gemm_simd(const GemmArgs& args, const CpuContext& context) {
   const int64_t rows_per_task = x.rows_per_task();
   const auto prepare = [&](int64_t idx) {
     const int64_t end = std::min(args.num_tokens, (idx + 1) * rows_per_task);
-    for (int64_t token = idx * rows_per_task; token < end; ++token) x.set(kernels, token, args.x + token * args.x_stride);
+    for (int64_t token = idx * rows_per_task; token < end; ++token)
+      x.set(kernels, token, args.x + token * args.x_stride);
   };
 
   const bool serial = context.pool.num_threads() == 1 || work_bytes(w, args.num_tokens) < kSerialBytes;

@@ -19,8 +19,8 @@
 namespace dsv4 {
 
 constexpr int kPanelRows = 16;
-constexpr int kPanelRecordCols = 64;      // columns of one record of a packed NVFP4 panel
-constexpr int kPanelRecordBytes = 576;    // 512 of codes, 64 of scale factors: nine cache lines
+constexpr int kPanelRecordCols = 64;    // columns of one record of a packed NVFP4 panel
+constexpr int kPanelRecordBytes = 576;  // 512 of codes, 64 of scale factors: nine cache lines
 
 enum class ActForm : uint8_t {
   kF32,        // as given
@@ -29,8 +29,8 @@ enum class ActForm : uint8_t {
   kNvfp4,      // quantised by the run-time rule; Nvfp4ActRow
   // AMX. Rows are bf16 [P], P = round_up(K, 64), each 8 columns in the order 0 4 1 5 2 6 3 7, then a binary32 that the sums
   // are multiplied with. All rows equally spaced.
-  kTileRows,        // times a power of two
-  kTileRowsNvfp4,   // quantised by the run-time rule, decoded, times 2^112; the binary32 is the row's global
+  kTileRows,       // times a power of two
+  kTileRowsNvfp4,  // quantised by the run-time rule, decoded, times 2^112; the binary32 is the row's global
   // AMX. Blocks of 16 rows (the last one fewer): int32 width, padding to 64 bytes, bf16 [P / 2][width][2], binary32 [width].
   // A row's pointer is that of its block.
   kTileCols,
@@ -61,14 +61,14 @@ struct Nvfp4ActRow {
 
 struct PanelArgs {
   const WeightView* w;
-  const std::byte* packed;     // NVFP4: the panel's records; other formats: unused
-  int64_t row_begin;           // first output row, a multiple of 16
-  int num_rows;                // output rows in this panel, 1..16
-  const std::byte* const* x;   // [num_x] prepared rows; column forms: starts at the first row of a block
+  const std::byte* packed;    // NVFP4: the panel's records; other formats: unused
+  int64_t row_begin;          // first output row, a multiple of 16
+  int num_rows;               // output rows in this panel, 1..16
+  const std::byte* const* x;  // [num_x] prepared rows; column forms: starts at the first row of a block
   int64_t num_x;
   ActForm form;
-  float* out;                  // [num_x, 16], all scales applied, not rounded to bf16; rows past num_rows undefined
-  std::byte* scratch;          // kPanelScratchBytes, 64-byte aligned
+  float* out;          // [num_x, 16], all scales applied, not rounded to bf16; rows past num_rows undefined
+  std::byte* scratch;  // kPanelScratchBytes, 64-byte aligned
 };
 
 constexpr int64_t kPanelScratchBytes = 128 << 10;
@@ -81,7 +81,8 @@ struct PanelKernels {
   void (*enter)(ActForm form, const std::byte* const* x, int64_t num_x, int64_t cols);
   void (*leave)(ActForm form);
   void (*dot)(const PanelArgs& args);
-  void (*dot_pair)(const PanelArgs& a, const PanelArgs& b);  // two panels of one shape and format and the same rows of x
+  void (*dot_pair)(const PanelArgs& a,
+                   const PanelArgs& b);  // two panels of one shape and format and the same rows of x
   // Element-wise steps of moe; count is a multiple of 8.
   void (*swiglu)(const float* gate, const float* up, float rho, float limit, bool round_inputs, bool round_output,
                  int64_t count, float* h);
@@ -100,8 +101,12 @@ const PanelKernels& panel_kernels_avx2();
 const PanelKernels& panel_kernels_avx512();
 const PanelKernels& panel_kernels_amx();
 
-inline int64_t panel_padded_cols(int64_t cols) { return (cols + kPanelRecordCols - 1) / kPanelRecordCols * kPanelRecordCols; }
-inline int64_t packed_panel_bytes(int64_t cols) { return panel_padded_cols(cols) / kPanelRecordCols * kPanelRecordBytes; }
+inline int64_t panel_padded_cols(int64_t cols) {
+  return (cols + kPanelRecordCols - 1) / kPanelRecordCols * kPanelRecordCols;
+}
+inline int64_t packed_panel_bytes(int64_t cols) {
+  return panel_padded_cols(cols) / kPanelRecordCols * kPanelRecordBytes;
+}
 
 // Bytes of one prepared row, a multiple of 64.
 inline int64_t act_row_bytes(ActForm form, int64_t cols) {
@@ -109,12 +114,16 @@ inline int64_t act_row_bytes(ActForm form, int64_t cols) {
   switch (form) {
     case ActForm::kF32:
     case ActForm::kF32Panel:
-    case ActForm::kF32Padded: return padded * 4;
-    case ActForm::kNvfp4: return (padded + padded / 16 * 8 + 4 + 63) / 64 * 64;
+    case ActForm::kF32Padded:
+      return padded * 4;
+    case ActForm::kNvfp4:
+      return (padded + padded / 16 * 8 + 4 + 63) / 64 * 64;
     case ActForm::kTileRows:
-    case ActForm::kTileRowsNvfp4: return padded * 2 + 64;  // also keeps 16 rows off the same cache sets
+    case ActForm::kTileRowsNvfp4:
+      return padded * 2 + 64;  // also keeps 16 rows off the same cache sets
     case ActForm::kTileCols:
-    case ActForm::kTileColsScaled: return padded * 2 + 8;  // a sixteenth of a block
+    case ActForm::kTileColsScaled:
+      return padded * 2 + 8;  // a sixteenth of a block
   }
   return 0;
 }

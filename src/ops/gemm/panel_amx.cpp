@@ -46,7 +46,8 @@ struct alignas(64) TileConfig {
 
 // fp16 with at most 7 mantissa bits, normal or zero -> bf16 times 2^-112.
 inline __m512i half_to_bf16(__m512h v) {
-  return _mm512_and_si512(_mm512_srai_epi16(_mm512_castph_si512(v), 3), _mm512_set1_epi16(static_cast<int16_t>(0x8fff)));
+  return _mm512_and_si512(_mm512_srai_epi16(_mm512_castph_si512(v), 3),
+                          _mm512_set1_epi16(static_cast<int16_t>(0x8fff)));
 }
 
 inline __m512h half_of(uint16_t bits) { return _mm512_castsi512_ph(_mm512_set1_epi16(static_cast<int16_t>(bits))); }
@@ -66,15 +67,19 @@ void dot_tiles(const PanelArgs* const* panels) {
   }
   switch (panels[0]->form) {
     case ActForm::kTileRows:
-    case ActForm::kTileRowsNvfp4: return dot_nvfp4<kPanels>(panels);
-    case ActForm::kTileCols: return dot_dense<kPanels, false>(panels);
-    default: return dot_dense<kPanels, true>(panels);
+    case ActForm::kTileRowsNvfp4:
+      return dot_nvfp4<kPanels>(panels);
+    case ActForm::kTileCols:
+      return dot_dense<kPanels, false>(panels);
+    default:
+      return dot_dense<kPanels, true>(panels);
   }
 }
 
 void enter(ActForm form, const std::byte* const* x, int64_t num_x, int64_t cols) {
   if (!is_tile_form(form) || num_x == 0) return;
-  const TileConfig config = is_col_form(form) ? dense_config(x, num_x, cols) : nvfp4_config(form == ActForm::kTileRowsNvfp4, num_x);
+  const TileConfig config =
+      is_col_form(form) ? dense_config(x, num_x, cols) : nvfp4_config(form == ActForm::kTileRowsNvfp4, num_x);
   asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
@@ -108,8 +113,10 @@ void dot_pair(const PanelArgs& a, const PanelArgs& b) {
 
 // Elements k .. k + 15, zero from cols on.
 inline __m512 load_x(const float* x, int64_t k, int64_t cols) {
-  if (k + 16 <= cols) [[likely]] return _mm512_loadu_ps(x + k);
-  return k >= cols ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << (cols - k)) - 1u), x + k);
+  if (k + 16 <= cols) [[likely]]
+    return _mm512_loadu_ps(x + k);
+  return k >= cols ? _mm512_setzero_ps()
+                   : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << (cols - k)) - 1u), x + k);
 }
 
 // Powers of two: x * up is a bf16 value with exponent up to 126, and the sums of x * up times weights * 2^-112 come out too
@@ -130,7 +137,8 @@ RowScale row_scale(const float* x, int64_t cols) {
 // Upper halves of two vectors of binary32: even words from low, odd words from high.
 inline __m512i pack_bf16(__m512 low, __m512 high) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_and_si512(_mm512_castps_si512(high), upper));
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                         _mm512_and_si512(_mm512_castps_si512(high), upper));
 }
 
 void prepare_tile_row(const float* x, int64_t cols, std::byte* row) {
@@ -192,11 +200,16 @@ ActForm form(WeightFormat format, const ActHint& hint) {
 
 void prepare(ActForm form, const float* x, int64_t cols, std::byte* out, int64_t pair_stride) {
   switch (form) {
-    case ActForm::kTileRows: return prepare_tile_row(x, cols, out);
-    case ActForm::kTileRowsNvfp4: return prepare_tile_row_nvfp4(x, cols, out);
-    case ActForm::kTileCols: return prepare_tile_col(x, cols, false, out, pair_stride);
-    case ActForm::kTileColsScaled: return prepare_tile_col(x, cols, true, out, pair_stride);
-    default: return panel_kernels_avx512().prepare(form, x, cols, out, pair_stride);
+    case ActForm::kTileRows:
+      return prepare_tile_row(x, cols, out);
+    case ActForm::kTileRowsNvfp4:
+      return prepare_tile_row_nvfp4(x, cols, out);
+    case ActForm::kTileCols:
+      return prepare_tile_col(x, cols, false, out, pair_stride);
+    case ActForm::kTileColsScaled:
+      return prepare_tile_col(x, cols, true, out, pair_stride);
+    default:
+      return panel_kernels_avx512().prepare(form, x, cols, out, pair_stride);
   }
 }
 

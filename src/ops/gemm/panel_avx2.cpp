@@ -14,7 +14,9 @@ using Acc = __m256;
 constexpr int kTileTokens = 3;  // 4 x 3 accumulators, 3 x, 1 weight: 16 registers
 
 inline Acc acc_zero() { return _mm256_setzero_ps(); }
-inline Acc acc_scaled_add(Acc part, float scale, Acc total) { return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), total); }
+inline Acc acc_scaled_add(Acc part, float scale, Acc total) {
+  return _mm256_fmadd_ps(part, _mm256_set1_ps(scale), total);
+}
 inline __m128 fold_to_four(Acc v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 inline float acc_fold(Acc v) {
   const __m128 four = fold_to_four(v);
@@ -90,12 +92,12 @@ inline void prefetch_record(const std::byte* record) {
 }
 
 // bf16 of the e2m1 values, split in bytes, twice (one copy per 128-bit lane).
-alignas(32) constexpr uint8_t kE2m1High[32] = {
-    0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0,
-    0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
-alignas(32) constexpr uint8_t kE2m1Low[32] = {
-    0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0,
-    0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
+alignas(32) constexpr uint8_t kE2m1High[32] = {0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x80, 0xbf, 0xbf,
+                                               0xbf, 0xc0, 0xc0, 0xc0, 0xc0, 0x00, 0x3f, 0x3f, 0x3f, 0x40, 0x40,
+                                               0x40, 0x40, 0x80, 0xbf, 0xbf, 0xbf, 0xc0, 0xc0, 0xc0, 0xc0};
+alignas(32) constexpr uint8_t kE2m1Low[32] = {0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80,
+                                              0xc0, 0x00, 0x40, 0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40,
+                                              0x80, 0xc0, 0x00, 0x00, 0x80, 0xc0, 0x00, 0x40, 0x80, 0xc0};
 // Doubled e2m1 value + 12: unsigned, as maddubs wants its first operand.
 alignas(32) constexpr uint8_t kE2m1Offset12[32] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0,
                                                    12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -236,13 +238,17 @@ void dot_nvfp4_f32_many(const PanelArgs& args, const std::byte* const* x, int nu
   for (int t = 0; t < num_x; ++t)
     for (int i = 0; i < 4; ++i) s.sum[t][i / 2][i % 2] = _mm256_setzero_ps();
   for (int64_t first = 0; first < total_groups; first += kDecodedGroups) {
-    const int num_groups = static_cast<int>(total_groups - first < kDecodedGroups ? total_groups - first : kDecodedGroups);
+    const int num_groups =
+        static_cast<int>(total_groups - first < kDecodedGroups ? total_groups - first : kDecodedGroups);
     decode_groups(args.packed, first, num_groups, s);
     int t = 0;
     for (; t + 4 <= num_x; t += 4) dot_decoded<4>(s, t, x + t, first, num_groups);
-    if (num_x - t == 3) dot_decoded<3>(s, t, x + t, first, num_groups);
-    else if (num_x - t == 2) dot_decoded<2>(s, t, x + t, first, num_groups);
-    else if (num_x - t == 1) dot_decoded<1>(s, t, x + t, first, num_groups);
+    if (num_x - t == 3)
+      dot_decoded<3>(s, t, x + t, first, num_groups);
+    else if (num_x - t == 2)
+      dot_decoded<2>(s, t, x + t, first, num_groups);
+    else if (num_x - t == 1)
+      dot_decoded<1>(s, t, x + t, first, num_groups);
   }
   const __m256 factor = _mm256_set1_ps(args.w->global.value * 256.0f);
   for (int t = 0; t < num_x; ++t)
@@ -288,7 +294,8 @@ inline void dot_nvfp4_a4(const PanelArgs& args, const std::byte* const* x, float
           const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(_mm256_add_epi16(a, b), ones),
                                                _mm256_set1_epi32(rows[t].corrections[g]));
           // dot * scale is exact, so the fused form rounds exactly where the contract does.
-          sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(sf, _mm256_broadcast_ss(rows[t].sf256 + g)), sum[t]);
+          sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(sf, _mm256_broadcast_ss(rows[t].sf256 + g)),
+                                   sum[t]);
         }
       }
     }
@@ -304,8 +311,10 @@ void dot_nvfp4(const PanelArgs& args) {
   int64_t t = 0;
   const auto run = [&](auto tokens) {
     constexpr int kTokens = decltype(tokens)::value;
-    if constexpr (kA4) dot_nvfp4_a4<kTokens>(args, args.x + t, args.out + t * kPanelRows);
-    else dot_nvfp4_f32<kTokens>(args, args.x + t, args.out + t * kPanelRows);
+    if constexpr (kA4)
+      dot_nvfp4_a4<kTokens>(args, args.x + t, args.out + t * kPanelRows);
+    else
+      dot_nvfp4_f32<kTokens>(args, args.x + t, args.out + t * kPanelRows);
     t += kTokens;
   };
   if constexpr (!kA4) {
@@ -316,9 +325,12 @@ void dot_nvfp4(const PanelArgs& args) {
     }
   }
   while (args.num_x - t >= 4) run(IntConstant<4>{});
-  if (args.num_x - t == 3) run(IntConstant<3>{});
-  else if (args.num_x - t == 2) run(IntConstant<2>{});
-  else if (args.num_x - t == 1) run(IntConstant<1>{});
+  if (args.num_x - t == 3)
+    run(IntConstant<3>{});
+  else if (args.num_x - t == 2)
+    run(IntConstant<2>{});
+  else if (args.num_x - t == 1)
+    run(IntConstant<1>{});
 }
 
 // ---- activation rows ----
@@ -339,16 +351,22 @@ ActForm form(WeightFormat format, const ActHint& hint) {
 }
 
 void prepare(ActForm form, const float* x, int64_t cols, std::byte* row, int64_t) {
-  if (form == ActForm::kNvfp4) quantize_act_row(x, cols, row);
-  else prepare_panel_f32(x, cols, reinterpret_cast<float*>(row));
+  if (form == ActForm::kNvfp4)
+    quantize_act_row(x, cols, row);
+  else
+    prepare_panel_f32(x, cols, reinterpret_cast<float*>(row));
 }
 
 void dot(const PanelArgs& args) {
   switch (args.w->format) {
-    case WeightFormat::kF32: return dot_dense<F32Weight>(args);
-    case WeightFormat::kBf16: return dot_dense<Bf16Weight>(args);
-    case WeightFormat::kFp8Block: return dot_dense<Fp8Weight>(args);
-    case WeightFormat::kNvfp4: return args.form == ActForm::kNvfp4 ? dot_nvfp4<true>(args) : dot_nvfp4<false>(args);
+    case WeightFormat::kF32:
+      return dot_dense<F32Weight>(args);
+    case WeightFormat::kBf16:
+      return dot_dense<Bf16Weight>(args);
+    case WeightFormat::kFp8Block:
+      return dot_dense<Fp8Weight>(args);
+    case WeightFormat::kNvfp4:
+      return args.form == ActForm::kNvfp4 ? dot_nvfp4<true>(args) : dot_nvfp4<false>(args);
   }
 }
 

@@ -17,7 +17,9 @@ using Acc = __m512;
 constexpr int kTileTokens = 6;  // 4 x 6 accumulators, 6 x, 1 weight: 31 registers
 
 inline Acc acc_zero() { return _mm512_setzero_ps(); }
-inline Acc acc_scaled_add(Acc part, float scale, Acc total) { return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), total); }
+inline Acc acc_scaled_add(Acc part, float scale, Acc total) {
+  return _mm512_fmadd_ps(part, _mm512_set1_ps(scale), total);
+}
 inline __m128 fold_to_four(Acc v) {
   const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
@@ -100,8 +102,8 @@ inline void prefetch_record(const std::byte* record) {
 template <int kTokens>
 inline void dot_nvfp4_f32(const PanelArgs& args, const std::byte* const* x, float* out) {
   const int64_t num_records = panel_padded_cols(args.w->cols) / kPanelRecordCols;
-  const __m512 table =
-      _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f);
+  const __m512 table = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f,
+                                      -3.0f, -4.0f, -6.0f);
   __m512 sum[kTokens];
 #pragma GCC unroll 16
   for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
@@ -190,8 +192,10 @@ void dot_nvfp4(const PanelArgs& args) {
     constexpr int kTokens = decltype(tokens)::value;
     const std::byte* const* x = args.x + t;
     float* out = args.out + t * kPanelRows;
-    if (args.form == ActForm::kNvfp4) dot_nvfp4_a4<kTokens>(args, x, out);
-    else dot_nvfp4_f32<kTokens>(args, x, out);
+    if (args.form == ActForm::kNvfp4)
+      dot_nvfp4_a4<kTokens>(args, x, out);
+    else
+      dot_nvfp4_f32<kTokens>(args, x, out);
     t += kTokens;
   };
   while (args.num_x - t >= 8) run(IntConstant<8>{});
@@ -216,16 +220,22 @@ ActForm form(WeightFormat format, const ActHint& hint) {
 }
 
 void prepare(ActForm form, const float* x, int64_t cols, std::byte* row, int64_t) {
-  if (form == ActForm::kNvfp4) quantize_act_row(x, cols, row);
-  else prepare_padded(x, cols, row);
+  if (form == ActForm::kNvfp4)
+    quantize_act_row(x, cols, row);
+  else
+    prepare_padded(x, cols, row);
 }
 
 void dot(const PanelArgs& args) {
   switch (args.w->format) {
-    case WeightFormat::kF32: return dot_dense<F32Weight>(args);
-    case WeightFormat::kBf16: return dot_dense<Bf16Weight>(args);
-    case WeightFormat::kFp8Block: return dot_dense<Fp8Weight>(args);
-    case WeightFormat::kNvfp4: return dot_nvfp4(args);
+    case WeightFormat::kF32:
+      return dot_dense<F32Weight>(args);
+    case WeightFormat::kBf16:
+      return dot_dense<Bf16Weight>(args);
+    case WeightFormat::kFp8Block:
+      return dot_dense<Fp8Weight>(args);
+    case WeightFormat::kNvfp4:
+      return dot_nvfp4(args);
   }
 }
 

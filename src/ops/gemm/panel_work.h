@@ -95,8 +95,8 @@ struct PanelRef {
   int64_t row_begin;
   float* out;
 };
-void run_panel_pair(const PanelKernels& kernels, const PanelRef& a, const PanelRef& b, ActForm form, const std::byte* const* x,
-                    int64_t num_x);
+void run_panel_pair(const PanelKernels& kernels, const PanelRef& a, const PanelRef& b, ActForm form,
+                    const std::byte* const* x, int64_t num_x);
 
 // Asks for the beginning of a packed panel: no hardware stream knows that it comes next. Nothing for other weights.
 void prefetch_panel(const Weight& w, int64_t row_begin);

@@ -5,12 +5,12 @@
 constexpr int kDenseStep = 32;
 constexpr int kScaleBlockCols = 128;
 constexpr int64_t kDenseTokens = 256;  // rows of x per pass over the panel
-constexpr int64_t kDenseBlock = 256;  // columns loaded at a time
+constexpr int64_t kDenseBlock = 256;   // columns loaded at a time
 
 struct DenseScratch {
   std::byte weights[2][2][kPanelRows * kDenseBlock * 2];  // [block % 2][panel][row][column] bf16, rows kDenseBlock long
-  float sum[2][kDenseTokens / 16][kPanelRows][16];           // [panel][block of x][row][token]
-  float part[2][2][2][kPanelRows][16];                       // FP8: [run % 2][panel][block of x] before the scale
+  float sum[2][kDenseTokens / 16][kPanelRows][16];        // [panel][block of x][row][token]
+  float part[2][2][2][kPanelRows][16];                    // FP8: [run % 2][panel][block of x] before the scale
 };
 static_assert(sizeof(DenseScratch) <= kPanelScratchBytes);
 
@@ -42,7 +42,8 @@ class DenseLoader {
     constexpr int64_t kBytes = kFp8 ? 1 : 2;
     out += row * kDenseBlock * 2;
     const int64_t cols = args.w->cols;
-    const std::byte* from = static_cast<const std::byte*>(args.w->data) + ((args.row_begin + row) * cols + begin_) * kBytes;
+    const std::byte* from =
+        static_cast<const std::byte*>(args.w->data) + ((args.row_begin + row) * cols + begin_) * kBytes;
     const int64_t count = row < args.num_rows ? count_ : 0;
     // A row is a stream of its own; past its end the next one in this row's place is that of the next panels.
     const bool past_end = begin_ + kAhead >= cols;
@@ -55,8 +56,10 @@ class DenseLoader {
     for (int64_t k = 0; k < count_; k += kDenseStep) {
       const __mmask32 mask = count - k >= 32 ? 0xffffffffu : count <= k ? 0u : (1u << (count - k)) - 1u;
       const std::byte* p = mask == 0 ? nullptr : from + k * kBytes;
-      if constexpr (kFp8) _mm512_store_si512(out + k * 2, decode_fp8(_mm256_maskz_loadu_epi8(mask, p)));
-      else _mm512_store_si512(out + k * 2, _mm512_maskz_loadu_epi16(mask, p));
+      if constexpr (kFp8)
+        _mm512_store_si512(out + k * 2, decode_fp8(_mm256_maskz_loadu_epi8(mask, p)));
+      else
+        _mm512_store_si512(out + k * 2, _mm512_maskz_loadu_epi16(mask, p));
     }
   }
 
@@ -69,7 +72,9 @@ class DenseLoader {
 // A block of up to 16 rows of x: [pairs of columns][width][2] bf16, then a factor per row. Layout: panel.h.
 struct XBlock {
   explicit XBlock(const std::byte* block, int64_t cols)
-      : width(*reinterpret_cast<const int32_t*>(block)), pairs(block + 64), factors(pairs + panel_padded_cols(cols) / 2 * 4 * width) {}
+      : width(*reinterpret_cast<const int32_t*>(block)),
+        pairs(block + 64),
+        factors(pairs + panel_padded_cols(cols) / 2 * 4 * width) {}
   int width;
   const std::byte* pairs;
   const std::byte* factors;
@@ -77,8 +82,9 @@ struct XBlock {
 
 // C[panel][block of x] += weights x columns, the next block of weights loaded meanwhile.
 template <int kPanels, int kBlocks, bool kFp8>
-inline void run_dense_tiles(const std::byte* w0, const std::byte* w1, int64_t w_stride, const XBlock& x0, const XBlock& x1,
-                            int64_t begin, int64_t num_cols, DenseLoader<kPanels, kFp8>& next, int64_t rows_per_step) {
+inline void run_dense_tiles(const std::byte* w0, const std::byte* w1, int64_t w_stride, const XBlock& x0,
+                            const XBlock& x1, int64_t begin, int64_t num_cols, DenseLoader<kPanels, kFp8>& next,
+                            int64_t rows_per_step) {
   const int64_t stride0 = x0.width * 4, stride1 = x1.width * 4;
   const std::byte* from0 = x0.pairs + begin / 2 * stride0;
   const std::byte* from1 = x1.pairs + begin / 2 * stride1;
@@ -123,8 +129,8 @@ inline void zero_tiles() {
 
 // FP8: sums of one block of columns in scratch, to be scaled and added once they have left the store buffer.
 struct PendingPart {
-  int64_t run = 0;         // how many there have been
-  int64_t block = -1;      // first block of x; -1: none
+  int64_t run = 0;     // how many there have been
+  int64_t block = -1;  // first block of x; -1: none
   int num_blocks = 0;
   __mmask16 mask[2] = {};  // the rows of x there are; the other lanes hold no numbers
   bool first = false;
@@ -137,8 +143,8 @@ inline void add_part(DenseScratch& s, const PendingPart& pending) {
   for (int p = 0; p < kPanels; ++p) {
     const __m512 factor = _mm512_set1_ps(pending.scale[p]);
     for (int b = 0; b < pending.num_blocks; ++b) {
-      float (*part)[16] = s.part[pending.run % 2][p][b];
-      float (*sum)[16] = s.sum[p][pending.block + b];
+      float(*part)[16] = s.part[pending.run % 2][p][b];
+      float(*sum)[16] = s.sum[p][pending.block + b];
 #pragma GCC unroll 4
       for (int row = 0; row < kPanelRows; ++row) {
         const __m512 before = pending.first ? _mm512_setzero_ps() : _mm512_load_ps(sum[row]);
@@ -159,16 +165,19 @@ void run_dense_block(DenseScratch& s, const DenseBlock& d, int64_t block, const 
                      DenseLoader<kPanels, kFp8>& next, PendingPart& pending) {
   if constexpr (!kFp8) {
     const auto sum_at = [&](int p, int b) { return &s.sum[p][block + b][0][0]; };
-    if (d.begin == 0) zero_tiles();
-    else load_tiles<kPanels, kBlocks>(sum_at);
-    run_dense_tiles<kPanels, kBlocks, kFp8>(d.w[0], d.w[1], d.w_stride, x0, x1, d.begin, d.num_cols, next, d.rows_per_step);
+    if (d.begin == 0)
+      zero_tiles();
+    else
+      load_tiles<kPanels, kBlocks>(sum_at);
+    run_dense_tiles<kPanels, kBlocks, kFp8>(d.w[0], d.w[1], d.w_stride, x0, x1, d.begin, d.num_cols, next,
+                                            d.rows_per_step);
     store_tiles<kPanels, kBlocks>(sum_at);
   } else {
     for (int64_t k = 0; k < d.num_cols; k += kScaleBlockCols) {
       const int64_t num_cols = d.num_cols - k < kScaleBlockCols ? d.num_cols - k : kScaleBlockCols;
       zero_tiles();
-      run_dense_tiles<kPanels, kBlocks, kFp8>(d.w[0] + k * 2, d.w[1] + k * 2, d.w_stride, x0, x1, d.begin + k, num_cols, next,
-                                              d.rows_per_step);
+      run_dense_tiles<kPanels, kBlocks, kFp8>(d.w[0] + k * 2, d.w[1] + k * 2, d.w_stride, x0, x1, d.begin + k, num_cols,
+                                              next, d.rows_per_step);
       const int64_t run = pending.run + 1;
       store_tiles<kPanels, kBlocks>([&](int p, int b) { return &s.part[run % 2][p][b][0][0]; });
       add_part<kPanels>(s, pending);
@@ -198,8 +207,10 @@ inline void transpose16(__m512 (&v)[16]) {
   }
 #pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {  // lanes l of v[c], v[4 + c], v[8 + c], v[12 + c] make up column 4l + c
-    const __m512 low01 = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88), low23 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88);
-    const __m512 high01 = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xdd), high23 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xdd);
+    const __m512 low01 = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88),
+                 low23 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512 high01 = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xdd),
+                 high23 = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xdd);
     t[c] = _mm512_shuffle_f32x4(low01, low23, 0x88);
     t[8 + c] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
     t[4 + c] = _mm512_shuffle_f32x4(high01, high23, 0x88);
@@ -229,7 +240,8 @@ void dot_dense_chunk(const PanelArgs* const* panels, int64_t token_begin, int64_
   const auto x_block = [&](int64_t b) { return XBlock(args.x[token_begin + b * 16], cols); };
   const int64_t num_scales = (cols + kScaleBlockCols - 1) / kScaleBlockCols;
   // bf16 rows are read where they lie if nothing comes back to them: 32 lines 2 cols bytes apart share few cache sets.
-  const bool in_place = !kFp8 && num_blocks <= 2 && cols % kDenseStep == 0 && panels[kPanels - 1]->num_rows == kPanelRows;
+  const bool in_place =
+      !kFp8 && num_blocks <= 2 && cols % kDenseStep == 0 && panels[kPanels - 1]->num_rows == kPanelRows;
   PendingPart pending;
   DenseLoader<kPanels, kFp8> first_weights(panels, s, in_place ? cols : 0);
   first_weights.load(first_weights.num_left());
@@ -248,7 +260,8 @@ void dot_dense_chunk(const PanelArgs* const* panels, int64_t token_begin, int64_
     const int64_t num_steps = (num_blocks + 1) / 2 * (d.num_cols / kDenseStep);
     d.rows_per_step = (next.num_left() + num_steps - 1) / num_steps;
     int64_t b = 0;
-    for (; b + 2 <= num_blocks; b += 2) run_dense_block<kPanels, 2, kFp8>(s, d, b, x_block(b), x_block(b + 1), next, pending);
+    for (; b + 2 <= num_blocks; b += 2)
+      run_dense_block<kPanels, 2, kFp8>(s, d, b, x_block(b), x_block(b + 1), next, pending);
     if (b < num_blocks) run_dense_block<kPanels, 1, kFp8>(s, d, b, x_block(b), x_block(b), next, pending);
     next.load(next.num_left());
   }
@@ -262,7 +275,8 @@ void dot_dense_chunk(const PanelArgs* const* panels, int64_t token_begin, int64_
       const float* factors = reinterpret_cast<const float*>(x_block(b).factors);
       float* out = panels[p]->out + (token_begin + b * 16) * kPanelRows;
       const int64_t count = num_x - b * 16 < 16 ? num_x - b * 16 : 16;
-      for (int64_t t = 0; t < count; ++t) _mm512_storeu_ps(out + t * kPanelRows, _mm512_mul_ps(v[t], _mm512_set1_ps(factors[t])));
+      for (int64_t t = 0; t < count; ++t)
+        _mm512_storeu_ps(out + t * kPanelRows, _mm512_mul_ps(v[t], _mm512_set1_ps(factors[t])));
     }
   }
 }

@@ -9,11 +9,14 @@ namespace dsv4 {
 
 int64_t WeightView::stored_bytes() const {
   switch (format) {
-    case WeightFormat::kF32: return rows * cols * 4;
-    case WeightFormat::kBf16: return rows * cols * 2;
+    case WeightFormat::kF32:
+      return rows * cols * 4;
+    case WeightFormat::kBf16:
+      return rows * cols * 2;
     case WeightFormat::kFp8Block:
       return rows * cols + ceil_div(rows, kFp8WeightBlock) * ceil_div(cols, kFp8WeightBlock) * 4;
-    case WeightFormat::kNvfp4: return rows * (cols / 2) + rows * (cols / kNvfp4GroupSize) + 4;
+    case WeightFormat::kNvfp4:
+      return rows * (cols / 2) + rows * (cols / kNvfp4GroupSize) + 4;
   }
   DSV4_CHECK(false, "weight format {}", static_cast<int>(format));
 }
@@ -21,11 +24,12 @@ int64_t WeightView::stored_bytes() const {
 float decode_weight(const WeightView& w, int64_t row, int64_t col) {
   const int64_t idx = row * w.cols + col;
   switch (w.format) {
-    case WeightFormat::kF32: return static_cast<const float*>(w.data)[idx];
-    case WeightFormat::kBf16: return decode_bf16(static_cast<const bf16*>(w.data)[idx]);
+    case WeightFormat::kF32:
+      return static_cast<const float*>(w.data)[idx];
+    case WeightFormat::kBf16:
+      return decode_bf16(static_cast<const bf16*>(w.data)[idx]);
     case WeightFormat::kFp8Block: {
-      const int64_t block =
-          (row / kFp8WeightBlock) * ceil_div(w.cols, kFp8WeightBlock) + col / kFp8WeightBlock;
+      const int64_t block = (row / kFp8WeightBlock) * ceil_div(w.cols, kFp8WeightBlock) + col / kFp8WeightBlock;
       return decode_e4m3(static_cast<const uint8_t*>(w.data)[idx]) * w.block_scales[block];
     }
     case WeightFormat::kNvfp4: {

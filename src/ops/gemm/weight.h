@@ -21,11 +21,11 @@ struct WeightView {
   int64_t rows = 0;
   int64_t cols = 0;
   const void* data = nullptr;
-  const uint8_t* sf = nullptr;            // kNvfp4: ue4m3 [rows, cols / 16], linear layout
-  const float* block_scales = nullptr;    // kFp8Block: [ceil(rows / 128), ceil(cols / 128)]
-  GlobalScale global{1.0f};               // kNvfp4
+  const uint8_t* sf = nullptr;          // kNvfp4: ue4m3 [rows, cols / 16], linear layout
+  const float* block_scales = nullptr;  // kFp8Block: [ceil(rows / 128), ceil(cols / 128)]
+  GlobalScale global{1.0f};             // kNvfp4
 
-  int64_t stored_bytes() const;           // what one full read moves: data + scales
+  int64_t stored_bytes() const;  // what one full read moves: data + scales
 };
 
 // Decoded value of one element in binary32, in the order of codec/nvfp4.h. For references and tests.

@@ -27,11 +27,11 @@ struct HcParams {
 struct HcShape {
   int64_t num_tokens;
   int64_t hidden;
-  int num_hc;          // <= kMaxHcStreams
+  int num_hc;  // <= kMaxHcStreams
   int sinkhorn_iters;
   float hc_eps;
   float rms_eps;
-  bool round_output;   // to bf16
+  bool round_output;  // to bf16
 };
 
 // streams: [num_tokens, num_hc, hidden]; y: [num_tokens, hidden]; post: [num_tokens, num_hc];

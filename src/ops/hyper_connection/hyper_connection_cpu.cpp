@@ -41,7 +41,8 @@ void sinkhorn(float* c, int n, int iters, float eps) {
   }
 }
 
-void weighted_streams(const float* streams, const float* weight, const HcShape& shape, const VecKernels& vec, float* y) {
+void weighted_streams(const float* streams, const float* weight, const HcShape& shape, const VecKernels& vec,
+                      float* y) {
   const float* terms[kMaxHcStreams];
   for (int j = 0; j < shape.num_hc; ++j) terms[j] = streams + j * shape.hidden;
   vec.combine(terms, weight, shape.num_hc, shape.hidden, y);
@@ -50,7 +51,8 @@ void weighted_streams(const float* streams, const float* weight, const HcShape& 
 
 // [num_tokens, num_rows] = rms factor of each token * (fn f). All tokens in one GEMM: fn (1.5 MB at hidden 4096) is read once
 // per step instead of once per token.
-float* mix_streams(const HcShape& shape, const HcParams& params, int num_rows, const float* streams, const CpuContext& context) {
+float* mix_streams(const HcShape& shape, const HcParams& params, int num_rows, const float* streams,
+                   const CpuContext& context) {
   static thread_local std::vector<float> mix;  // of the calling thread; workers get a pointer
   mix.resize(static_cast<size_t>(shape.num_tokens * num_rows));
   float* m = mix.data();

@@ -13,23 +13,25 @@
 namespace dsv4 {
 
 struct HcBoundaryArgs {
-  const bf16* streams;        // [num_tokens, 4, hidden] input of the site just left; this and all below 16-byte aligned
-  const bf16* sublayer_out;   // [num_tokens, hidden]; nullptr: nothing to spread (first site): streams are used as they are
-  const float* post;          // [num_tokens, 4] of the site just left
-  const float* comb;          // [num_tokens, 4, 4]
-  bf16* streams_out;          // [num_tokens, 4, hidden]; may be streams; unused without sublayer_out
+  const bf16* streams;  // [num_tokens, 4, hidden] input of the site just left; this and all below 16-byte aligned
+  const bf16*
+      sublayer_out;   // [num_tokens, hidden]; nullptr: nothing to spread (first site): streams are used as they are
+  const float* post;  // [num_tokens, 4] of the site just left
+  const float* comb;  // [num_tokens, 4, 4]
+  bf16* streams_out;  // [num_tokens, 4, hidden]; may be streams; unused without sublayer_out
 
-  const float* fn;            // [24, 4 * hidden]; head: [4, 4 * hidden]
-  const float* scale;         // [3]; head: [1]
-  const float* base;          // [24]; head: [4]
-  float* post_out;            // [num_tokens, 4] of the next site; may be post. Head: unused
-  float* comb_out;            // [num_tokens, 4, 4]; may be comb. Head: unused
-  bool head;                  // collapse after the last layer: no post, no Sinkhorn
+  const float* fn;     // [24, 4 * hidden]; head: [4, 4 * hidden]
+  const float* scale;  // [3]; head: [1]
+  const float* base;   // [24]; head: [4]
+  float* post_out;     // [num_tokens, 4] of the next site; may be post. Head: unused
+  float* comb_out;     // [num_tokens, 4, 4]; may be comb. Head: unused
+  bool head;           // collapse after the last layer: no post, no Sinkhorn
 
-  const bf16* norm_weight;    // [hidden]; nullptr: the collapsed row itself goes to out
-  QuantizedRows out;          // [num_tokens, hidden]; out.y beside the codes if not nullptr
-  int64_t num_tokens;         // 0 is legal
-  int64_t hidden;             // multiple of 256 from 512 (asynchronous cluster stores need a cluster) to 4096, or of 512 up to 8192
+  const bf16* norm_weight;  // [hidden]; nullptr: the collapsed row itself goes to out
+  QuantizedRows out;        // [num_tokens, hidden]; out.y beside the codes if not nullptr
+  int64_t num_tokens;       // 0 is legal
+  int64_t
+      hidden;  // multiple of 256 from 512 (asynchronous cluster stores need a cluster) to 4096, or of 512 up to 8192
   int sinkhorn_iters;
   float hc_eps, rms_eps;
 };

@@ -13,7 +13,8 @@ namespace dsv4 {
 
 // v: of the rows or columns being normalised; u: of the other ones. kOwn, kOther: strides of k in v's and in u's direction.
 template <int kOwn, int kOther>
-__device__ __forceinline__ void sinkhorn_step(const float (&k)[16], const float (&u)[4], float (&v)[4], float& w, float eps) {
+__device__ __forceinline__ void sinkhorn_step(const float (&k)[16], const float (&u)[4], float (&v)[4], float& w,
+                                              float eps) {
   const float scale = __uint_as_float((635u << 23) - ((__float_as_uint(w) >> 23) << 25));  // 2^(-4 exponent(w))
   const float scaled_eps = eps * w;
   float t[4];
@@ -26,7 +27,8 @@ __device__ __forceinline__ void sinkhorn_step(const float (&k)[16], const float 
   }
   const float t01 = t[0] * t[1], t23 = t[2] * t[3], scaled01 = t01 * scale, scaled23 = t23 * scale;
   w = t01 * scaled23;
-  v[0] = (v[0] * t[1]) * scaled23, v[1] = (v[1] * t[0]) * scaled23, v[2] = (v[2] * t[3]) * scaled01, v[3] = (v[3] * t[2]) * scaled01;
+  v[0] = (v[0] * t[1]) * scaled23, v[1] = (v[1] * t[0]) * scaled23, v[2] = (v[2] * t[3]) * scaled01,
+  v[3] = (v[3] * t[2]) * scaled01;
 }
 
 // Lane 8 j + m holds row j of matrix m: its logits in, its row of the result out. The whole warp comes here.

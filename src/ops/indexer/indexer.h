@@ -21,8 +21,8 @@ struct IndexerArgs {
   const float* head_weight;  // [num_tokens, num_heads], scaled by dim^-0.5 * num_heads^-0.5
   PagedRowsView keys;
   IndexKeyLayout layout;
-  int32_t* selected;         // [num_tokens, topk]
-  float* margin;             // [num_tokens] score distance between the last chosen and the first refused; nullptr: not wanted
+  int32_t* selected;  // [num_tokens, topk]
+  float* margin;      // [num_tokens] score distance between the last chosen and the first refused; nullptr: not wanted
   int64_t first_position;
   int64_t num_tokens;
   int num_heads;

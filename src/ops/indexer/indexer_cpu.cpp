@@ -65,9 +65,8 @@ void indexer(const IndexerArgs& args, const CpuContext& context) {
   if (max_visible > args.topk) {
     decoded.resize(static_cast<size_t>(max_visible * dim));
     float* keys = decoded.data();
-    for_rows(context, max_visible, dim, [&](int64_t j) {
-      decode_index_key(args.layout, args.keys.row(j), keys + j * dim, context.isa);
-    });
+    for_rows(context, max_visible, dim,
+             [&](int64_t j) { decode_index_key(args.layout, args.keys.row(j), keys + j * dim, context.isa); });
   }
   const float* keys = decoded.data();
   for_rows(context, args.num_tokens, max_visible * (args.num_heads * dim + 16), [&](int64_t token) {

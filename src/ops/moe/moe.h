@@ -39,10 +39,10 @@ struct MoeArgs {
   const ExpertWeights* shared;   // one expert for every token, or nullptr
   int64_t num_tokens;            // 0 is legal
   int64_t hidden;
-  int64_t inter;                 // of a routed expert; the shared expert's comes from its weights
+  int64_t inter;  // of a routed expert; the shared expert's comes from its weights
   int num_experts;
   int num_topk;
-  float swiglu_limit;            // positive; infinity: no clamp
+  float swiglu_limit;  // positive; infinity: no clamp
   Precision precision;
 };
 

@@ -18,7 +18,8 @@ __device__ __forceinline__ void decode_fp8_word(uint32_t word, uint32_t factor, 
 // A thread's share of half a block: fragments of its two k16 steps, in the order of decode_half_block. factors: the two bytes of
 // moe_shared_sm90.h.
 __device__ __forceinline__ void decode_fp8_half_block(const uint4& words, uint32_t factors, uint32_t (&a)[2][4]) {
-  const uint32_t low = (factors & 0xff) * 0x00800080u, high = (factors >> 8) * 0x00800080u;  // two bf16 of that exponent
+  const uint32_t low = (factors & 0xff) * 0x00800080u,
+                 high = (factors >> 8) * 0x00800080u;  // two bf16 of that exponent
   uint32_t r[2];
   decode_fp8_word(words.x, low, r);
   a[0][0] = r[0], a[0][2] = r[1];

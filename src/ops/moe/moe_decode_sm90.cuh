@@ -35,8 +35,8 @@ __device__ __forceinline__ void decode_word(uint32_t word, uint32_t sf, uint32_t
 
 // Fragments of two k16 steps, a[step][0..3] in the order of the instruction (row g / row g + 8 of columns 2t.., then of
 // columns 2t + 8..), from one word of row g and one of row g + 8.
-__device__ __forceinline__ void decode_half_block(uint32_t low_row, uint32_t high_row, uint32_t sf_low, uint32_t sf_high,
-                                                  uint32_t (&a)[2][4]) {
+__device__ __forceinline__ void decode_half_block(uint32_t low_row, uint32_t high_row, uint32_t sf_low,
+                                                  uint32_t sf_high, uint32_t (&a)[2][4]) {
   uint32_t r[4];
   decode_word(low_row, sf_low, r);
   a[0][0] = r[0], a[0][2] = r[1], a[1][0] = r[2], a[1][2] = r[3];
@@ -60,7 +60,8 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 
 // mma.sync m16n8k16, BF16 in, FP32 sums d[0..3].
 __device__ __forceinline__ void mma_bf16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -75,7 +76,9 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t* v, uint32_t address) {
 
 template <int kOffset = 0>
 __device__ __forceinline__ void load_shared_16(uint4& v, uint32_t address) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "n"(kOffset));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address), "n"(kOffset));
 }
 template <int kOffset = 0>
 __device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {

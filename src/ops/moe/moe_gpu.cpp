@@ -50,7 +50,8 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
   routing.slot_row = at<int32_t>(args, layout.slot_row);
   routing.ticket = at<uint32_t>(args, layout.ticket);
   routing.tile_done = at<uint32_t>(args, layout.tile_done);
-  routing.max_tiles = static_cast<int>(sm90::moe_max_tiles(args.num_tokens * args.shape.num_topk, args.shape.num_experts));
+  routing.max_tiles =
+      static_cast<int>(sm90::moe_max_tiles(args.num_tokens * args.shape.num_topk, args.shape.num_experts));
   sm90::MoeTiledArgs t{};
   t.experts = args.experts;
   t.shape = args.shape;
@@ -67,12 +68,14 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
     t.x_global = x_global;
     t.h_global = h_global;
     t.h_wide = at<float>(args, layout.h_wide);
-    sm90::launch_moe_gather_nvfp4(args.shape, routing, args.topk_idx, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), x_global, stream);
+    sm90::launch_moe_gather_nvfp4(args.shape, routing, args.topk_idx, args.x, args.num_tokens,
+                                  at<bf16>(args, layout.x_rows), x_global, stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc1, plan.ctas, stream);
     sm90::launch_moe_requantize(args.shape, routing, t.h_wide, t.h_rows, h_global, stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kFc2, plan.ctas, stream);
   } else {
-    sm90::launch_moe_gather(args.shape, routing, args.topk_idx, args.x, args.num_tokens, at<bf16>(args, layout.x_rows), stream);
+    sm90::launch_moe_gather(args.shape, routing, args.topk_idx, args.x, args.num_tokens, at<bf16>(args, layout.x_rows),
+                            stream);
     sm90::launch_moe_tiled(t, sm90::TiledPhase::kBoth, plan.ctas, stream);
   }
   sm90::launch_moe_combine(args.shape, args.topk_idx, t.slot_y, args.shared_y, args.num_tokens, args.y, stream);
@@ -81,7 +84,8 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
 }  // namespace
 
 void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream) {
-  DSV4_CUDA(cudaMemsetAsync(workspace, 0, static_cast<size_t>(layout_moe_workspace(input, MoeTier::kStream).counter_bytes), stream));
+  DSV4_CUDA(cudaMemsetAsync(workspace, 0,
+                            static_cast<size_t>(layout_moe_workspace(input, MoeTier::kStream).counter_bytes), stream));
 }
 
 void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
@@ -98,21 +102,25 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
   DSV4_GPU_REQUIRE("moe", args.workspace_bytes >= layout.bytes, "workspace of %lld bytes, %lld needed for %lld tokens",
                    static_cast<long long>(args.workspace_bytes), static_cast<long long>(layout.bytes),
                    static_cast<long long>(args.num_tokens));
-  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16, "a4 runs in the tiled tier only (%d)",
-                   static_cast<int>(args.act));
-  DSV4_GPU_REQUIRE("moe", args.num_tokens * args.shape.num_topk <= moe_tier_max_slots(plan.tier), "num_tokens * num_topk = %lld, expected at most %lld in the plan's tier (%s)",
-                   static_cast<long long>(args.num_tokens * args.shape.num_topk), static_cast<long long>(moe_tier_max_slots(plan.tier)),
-                   plan.workload);
-  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y, "expected the shared expert as weights (inter = %d) or as shared_y, found both",
-                   args.shared.inter);
-  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || (args.shared.inter > 0 && args.shared.inter % 64 == 0), "inter of the shared expert = %d, expected a multiple of 64",
-                   args.shared.inter);
-  DSV4_GPU_REQUIRE("moe", (plan.shared != MoeSharedPlace::kNone) == (args.shared.fc1 != nullptr), "plan for a shared expert: %d, found weights of one: %d",
-                   plan.shared != MoeSharedPlace::kNone, args.shared.fc1 != nullptr);
+  DSV4_GPU_REQUIRE("moe", plan.tier == MoeTier::kTiled || args.act == ActFormat::kBf16,
+                   "a4 runs in the tiled tier only (%d)", static_cast<int>(args.act));
+  DSV4_GPU_REQUIRE("moe", args.num_tokens * args.shape.num_topk <= moe_tier_max_slots(plan.tier),
+                   "num_tokens * num_topk = %lld, expected at most %lld in the plan's tier (%s)",
+                   static_cast<long long>(args.num_tokens * args.shape.num_topk),
+                   static_cast<long long>(moe_tier_max_slots(plan.tier)), plan.workload);
+  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y,
+                   "expected the shared expert as weights (inter = %d) or as shared_y, found both", args.shared.inter);
+  DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || (args.shared.inter > 0 && args.shared.inter % 64 == 0),
+                   "inter of the shared expert = %d, expected a multiple of 64", args.shared.inter);
+  DSV4_GPU_REQUIRE("moe", (plan.shared != MoeSharedPlace::kNone) == (args.shared.fc1 != nullptr),
+                   "plan for a shared expert: %d, found weights of one: %d", plan.shared != MoeSharedPlace::kNone,
+                   args.shared.fc1 != nullptr);
   MoeGpuArgs routed = args;
   if (plan.shared == MoeSharedPlace::kBefore) {
     bf16* shared_y = at<bf16>(args, layout.shared_y);
-    sm90::launch_moe_shared({args.shared, args.x, at<bf16>(args, layout.shared_h), shared_y, args.num_tokens, args.shape.hidden, args.swiglu_limit}, stream);
+    sm90::launch_moe_shared({args.shared, args.x, at<bf16>(args, layout.shared_h), shared_y, args.num_tokens,
+                             args.shape.hidden, args.swiglu_limit},
+                            stream);
     routed.shared_y = shared_y;
   }
   if (plan.tier == MoeTier::kTiled)

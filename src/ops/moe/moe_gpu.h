@@ -21,16 +21,17 @@ namespace dsv4 {
 struct MoeGpuArgs {
   sm90::MoeExperts experts;
   sm90::MoeShape shape;
-  const bf16* x;               // [num_tokens, hidden]
-  const int32_t* topk_idx;     // [num_tokens, num_topk]  expert id; negative or >= num_experts: slot unused
-  const float* topk_weights;   // [num_tokens, num_topk]
+  const bf16* x;                  // [num_tokens, hidden]
+  const int32_t* topk_idx;        // [num_tokens, num_topk]  expert id; negative or >= num_experts: slot unused
+  const float* topk_weights;      // [num_tokens, num_topk]
   sm90::MoeSharedWeights shared;  // the shared expert, or none
-  const bf16* shared_y;        // [num_tokens, hidden] its output, where that is computed elsewhere (shared is none), or nullptr
-  bf16* y;                     // [num_tokens, hidden]    must not alias x
-  int64_t num_tokens;          // 0 is legal
+  const bf16*
+      shared_y;        // [num_tokens, hidden] its output, where that is computed elsewhere (shared is none), or nullptr
+  bf16* y;             // [num_tokens, hidden]    must not alias x
+  int64_t num_tokens;  // 0 is legal
   float swiglu_limit;
   ActFormat act;
-  void* workspace;             // at least plan.workspace_bytes, 256-byte aligned
+  void* workspace;  // at least plan.workspace_bytes, 256-byte aligned
   int64_t workspace_bytes;
 };
 

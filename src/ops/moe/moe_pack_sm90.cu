@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(128) moe_pack_kernel(PackArgs args) {
       sf[half] = moe_pack_sf(linear_sf[half]);
     }
     *reinterpret_cast<uint4*>(target + threadIdx.x * 16) = make_uint4(words[0], words[1], words[2], words[3]);
-    *reinterpret_cast<uint16_t*>(target + kMoeBlockCodeBytes + threadIdx.x * 2) = static_cast<uint16_t>(sf[0] | sf[1] << 8);
+    *reinterpret_cast<uint16_t*>(target + kMoeBlockCodeBytes + threadIdx.x * 2) =
+        static_cast<uint16_t>(sf[0] | sf[1] << 8);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       args.alpha[0] = args.gate.global.value;
       args.alpha[1] = args.up.global.value;
@@ -85,26 +86,33 @@ __global__ void __launch_bounds__(128) moe_pack_kernel(PackArgs args) {
 
 template <bool kVerify>
 void run(const PackArgs& args, cudaStream_t stream) {
-  DSV4_GPU_REQUIRE("pack_moe", args.hidden % 64 == 0 && args.inter % 64 == 0, "hidden %d, inter %d: multiples of 64", args.hidden,
-                   args.inter);
+  DSV4_GPU_REQUIRE("pack_moe", args.hidden % 64 == 0 && args.inter % 64 == 0, "hidden %d, inter %d: multiples of 64",
+                   args.hidden, args.inter);
   gpu::LaunchConfig config;
-  config.grid = static_cast<unsigned>((moe_fc1_bytes(args.hidden, args.inter) + moe_fc2_bytes(args.hidden, args.inter)) / kMoeBlockBytes);
+  config.grid = static_cast<unsigned>(
+      (moe_fc1_bytes(args.hidden, args.inter) + moe_fc2_bytes(args.hidden, args.inter)) / kMoeBlockBytes);
   config.block = 128;
   config.stream = stream;
   gpu::launch(moe_pack_kernel<kVerify>, config, args);
 }
 
-PackArgs pack_args(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, const uint8_t* fc1, const uint8_t* fc2,
-                   const float* alpha, unsigned long long* mismatches) {
-  return {expert.w1, expert.w3, expert.w2, static_cast<int>(hidden), static_cast<int>(inter),
-          const_cast<uint8_t*>(fc1) + index * moe_fc1_bytes(hidden, inter), const_cast<uint8_t*>(fc2) + index * moe_fc2_bytes(hidden, inter),
-          const_cast<float*>(alpha) + index * 3, mismatches};
+PackArgs pack_args(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, const uint8_t* fc1,
+                   const uint8_t* fc2, const float* alpha, unsigned long long* mismatches) {
+  return {expert.w1,
+          expert.w3,
+          expert.w2,
+          static_cast<int>(hidden),
+          static_cast<int>(inter),
+          const_cast<uint8_t*>(fc1) + index * moe_fc1_bytes(hidden, inter),
+          const_cast<uint8_t*>(fc2) + index * moe_fc2_bytes(hidden, inter),
+          const_cast<float*>(alpha) + index * 3,
+          mismatches};
 }
 
 }  // namespace
 
-void pack_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, uint8_t* fc1, uint8_t* fc2,
-                     float* alpha, cudaStream_t stream) {
+void pack_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, uint8_t* fc1,
+                     uint8_t* fc2, float* alpha, cudaStream_t stream) {
   run<false>(pack_args(expert, hidden, inter, index, fc1, fc2, alpha, nullptr), stream);
 }
 void verify_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, const uint8_t* fc1,

@@ -21,8 +21,8 @@ struct MoeLinearExpert {
 };
 
 // Fills expert `index` of fc1 [num_experts, moe_fc1_bytes], fc2 [num_experts, moe_fc2_bytes] and alpha [num_experts, 3].
-void pack_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, uint8_t* fc1, uint8_t* fc2,
-                     float* alpha, cudaStream_t stream);
+void pack_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, uint8_t* fc1,
+                     uint8_t* fc2, float* alpha, cudaStream_t stream);
 
 // Decodes expert `index` back with the kernels' own decoder and compares every weight, e2m1 * sf as BF16, and the three
 // globals with the linear form. Adds the number of differences to *mismatches (device memory).

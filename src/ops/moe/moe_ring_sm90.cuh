@@ -18,24 +18,26 @@ struct RingTraits {
   static constexpr bool kShared = kShared_;
   static constexpr int kMaxSlots = kRingMaxSlots, kMaxRows = 8;
   static constexpr StreamMode kMode = kMode_;
-  static constexpr int kGroups = 4;                  // split-K groups of four warps
+  static constexpr int kGroups = 4;  // split-K groups of four warps
   static constexpr int kMathWarps = 4 * kGroups;
-  static constexpr int kLoaders = 2;                 // warps that copy weights, and as many that copy rows: one alone takes
-                                                     // 350 ns a stage, too long at 34 bytes/ns
-  static constexpr int kFinishWarps = 4;             // add the groups' sums and run the epilogue, so that decoding never stops for it
+  static constexpr int kLoaders = 2;  // warps that copy weights, and as many that copy rows: one alone takes
+                                      // 350 ns a stage, too long at 34 bytes/ns
+  static constexpr int kFinishWarps =
+      4;                              // add the groups' sums and run the epilogue, so that decoding never stops for it
   static constexpr int kBuffers = 4;  // tasks whose sums may wait for them
   static constexpr int kThreads = 32 * (kMathWarps + kFinishWarps + 2 * kLoaders);
-  static constexpr int kStageBlocks = 4;             // K256
+  static constexpr int kStageBlocks = 4;  // K256
   static constexpr int kWeightBytes = kStageBlocks * kMoeBlockBytes;
-  static constexpr int kRowPitch = kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
+  static constexpr int kRowPitch =
+      kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
   static constexpr int kStageBytes = kWeightBytes + kMaxRows * kRowPitch;
   static constexpr int kPartialFloats = kMathWarps * 32 * 4;
 
   struct Shared {
     float partial[kBuffers][kPartialFloats];
     float rho[kMaxSlots];
-    uint16_t slots[kMaxSlots];                 // sorted by expert, then token
-    uint8_t order[kMaxSlots];                  // per token: its topk positions by expert id
+    uint16_t slots[kMaxSlots];  // sorted by expert, then token
+    uint8_t order[kMaxSlots];   // per token: its topk positions by expert id
     uint16_t chunk_expert[kMaxSlots];
     uint16_t chunk_first[kMaxSlots];
     uint16_t chunk_rows[kMaxSlots];
@@ -63,14 +65,15 @@ struct RingTask {
   const float* alpha;
 };
 struct RingTasks {
-  int strips1, strips2, chunks;          // of the routed experts
-  int shared_strips1, shared_chunks;     // of the shared one
+  int strips1, strips2, chunks;       // of the routed experts
+  int shared_strips1, shared_chunks;  // of the shared one
   int first2, count;
 };
 template <class Traits>
 __device__ __forceinline__ RingTasks ring_tasks(const MoeStreamArgs& args, const typename Traits::Shared& shared) {
   RingTasks t;
-  t.strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), t.strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
+  t.strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)),
+  t.strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
   t.chunks = shared.num_chunks;
   t.shared_strips1 = Traits::kShared ? static_cast<int>(moe_fc1_strips(args.shared.inter)) : 0;
   t.shared_chunks = Traits::kShared ? (args.num_tokens + Traits::kMaxRows - 1) / Traits::kMaxRows : 0;
@@ -79,11 +82,13 @@ __device__ __forceinline__ RingTasks ring_tasks(const MoeStreamArgs& args, const
   return t;
 }
 template <class Traits>
-__device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared, const RingTasks& tasks, int v) {
+__device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared,
+                                              const RingTasks& tasks, int v) {
   RingTask task;
   task.is_fc2 = v >= tasks.first2;
   int w = task.is_fc2 ? v - tasks.first2 : v;
-  const int shared_strips = task.is_fc2 ? tasks.strips2 : tasks.shared_strips1, shared_tasks = tasks.shared_chunks * shared_strips;
+  const int shared_strips = task.is_fc2 ? tasks.strips2 : tasks.shared_strips1,
+            shared_tasks = tasks.shared_chunks * shared_strips;
   task.is_shared = Traits::kShared && w < shared_tasks;
   if (!task.is_shared) w -= shared_tasks;
   const int strips = task.is_shared ? shared_strips : task.is_fc2 ? tasks.strips2 : tasks.strips1, chunk = w / strips;
@@ -93,14 +98,16 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
     task.blocks = (task.is_fc2 ? args.shared.inter : args.shape.hidden) / (kMoeBlockCols / 2);
     task.first = chunk * Traits::kMaxRows;
     task.rows = min(Traits::kMaxRows, args.num_tokens - task.first);
-    task.weights = (task.is_fc2 ? args.shared.fc2 : args.shared.fc1) + static_cast<int64_t>(task.strip) * task.blocks * kMoeFp8HalfBytes;
+    task.weights = (task.is_fc2 ? args.shared.fc2 : args.shared.fc1) +
+                   static_cast<int64_t>(task.strip) * task.blocks * kMoeFp8HalfBytes;
     task.alpha = args.shared.alpha;
   } else {
     task.counter = tasks.shared_chunks + chunk;
     task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
     task.rows = shared.chunk_rows[chunk], task.first = shared.chunk_first[chunk];
     const int expert = shared.chunk_expert[chunk];
-    task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) + (static_cast<int64_t>(expert) * strips + task.strip) * task.blocks * kMoeBlockBytes;
+    task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
+                   (static_cast<int64_t>(expert) * strips + task.strip) * task.blocks * kMoeBlockBytes;
     task.alpha = args.experts.alpha + expert * 3;
   }
   return task;
@@ -108,32 +115,34 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
 
 // Loader `self` of kLoaders takes every kLoaders-th stage.
 template <class Traits>
-__device__ void ring_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                    uint64_t* empty, const RingTasks& tasks, int self) {
+__device__ void ring_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring,
+                                  uint64_t* full, uint64_t* empty, const RingTasks& tasks, int self) {
   if (threadIdx.x % 32 != 0) return;
   RingPosition<Traits::kStages> at;
   int turn = 0;
   for (int v = blockIdx.x; v < tasks.count; v += gridDim.x) {
     const RingTask task = ring_task<Traits>(args, shared, tasks, v);
     const int block_bytes = Traits::kShared && task.is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
+    for (int block = 0; block < task.blocks;
+         block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
       if (turn != self) continue;
       const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * block_bytes;
-      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe ring: ring slot for weights", v, block);
+      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); },
+                 "moe ring: ring slot for weights", v, block);
       if constexpr (Traits::kMode == StreamMode::kMathOnly) {
         ptx::mbarrier_arrive(&full[at.stage]);
       } else {
         ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * block_bytes, bytes,
-                       &full[at.stage], ptx::L2Hint::kEvictFirst);
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * block_bytes,
+                       bytes, &full[at.stage], ptx::L2Hint::kEvictFirst);
       }
     }
   }
 }
 
 template <class Traits>
-__device__ void ring_load_rows(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
-                                 uint64_t* empty, const RingTasks& tasks, int self) {
+__device__ void ring_load_rows(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring,
+                               uint64_t* full, uint64_t* empty, const RingTasks& tasks, int self) {
   const int lane = threadIdx.x % 32;
   RingPosition<Traits::kStages> at;
   int ready_counter = -1, turn = 0;
@@ -158,10 +167,12 @@ __device__ void ring_load_rows(const MoeStreamArgs& args, const typename Traits:
       }
     }
     const int columns = Traits::kShared && task.is_shared ? kMoeBlockCols / 2 : kMoeBlockCols;  // of a block
-    for (int block = 0; block < task.blocks; block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
+    for (int block = 0; block < task.blocks;
+         block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
       if (turn != self) continue;
       const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * columns * 2;
-      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe ring: ring slot for rows", v, block);
+      spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); }, "moe ring: ring slot for rows",
+                 v, block);
       if (lane == 0) ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes * task.rows);
       __syncwarp();
       if (lane < task.rows)
@@ -180,7 +191,8 @@ template <class Traits>
 __device__ __forceinline__ void ring_fetch(RingOperands& o, uint32_t stage_address, int block, int warp, int lane) {
   const uint32_t thread = warp * 32 + lane;
   const uint32_t weights = stage_address + block * kMoeBlockBytes;
-  const uint32_t rows = stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + block * 128;
+  const uint32_t rows =
+      stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + block * 128;
   load_shared_16(o.codes, weights + thread * 16);
   o.scales = load_shared_u16(weights + kMoeBlockCodeBytes + thread * 2);
   load_shared_16(o.rows[0], rows);
@@ -200,7 +212,8 @@ __device__ __forceinline__ void ring_fetch_fp8(RingOperands& o, uint32_t stage_a
   const uint32_t weights = stage_address + half * kMoeFp8HalfBytes;
   load_shared_16(o.codes, weights + (warp * 32 + lane) * 16);
   o.scales = load_shared_u16(weights + kMoeBlockCodeBytes);
-  load_shared_16(o.rows[0], stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + half / 2 * 128 + half % 2 * 16);
+  load_shared_16(o.rows[0], stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 +
+                                half / 2 * 128 + half % 2 * 16);
 }
 __device__ __forceinline__ void ring_multiply_fp8(const RingOperands& o, float (&sum)[2][4]) {
   uint32_t a[2][4];
@@ -209,7 +222,8 @@ __device__ __forceinline__ void ring_multiply_fp8(const RingOperands& o, float (
   mma_m16n8k16(sum[1], a[1], o.rows[0].z, o.rows[0].w);
 }
 template <class Traits>
-__device__ __forceinline__ void ring_stage_fp8(uint32_t stage_address, int halves, int warp, int lane, float (&sum)[2][4]) {
+__device__ __forceinline__ void ring_stage_fp8(uint32_t stage_address, int halves, int warp, int lane,
+                                               float (&sum)[2][4]) {
   RingOperands o[2];  // an even number of halves: both of a block
 #pragma unroll
   for (int half = 0; half < Traits::kStageBlocks; half += 2) {
@@ -228,7 +242,8 @@ __device__ __forceinline__ void ring_stage(uint32_t stage_address, int blocks, i
     ring_fetch<Traits>(o[0], stage_address, 0, warp, lane);
 #pragma unroll
     for (int block = 0; block < Traits::kStageBlocks; ++block) {
-      if (block + 1 < Traits::kStageBlocks) ring_fetch<Traits>(o[(block + 1) % 2], stage_address, block + 1, warp, lane);
+      if (block + 1 < Traits::kStageBlocks)
+        ring_fetch<Traits>(o[(block + 1) % 2], stage_address, block + 1, warp, lane);
       ring_multiply(o[block % 2], sum);
     }
   } else {
@@ -242,13 +257,15 @@ __device__ __forceinline__ void ring_stage(uint32_t stage_address, int blocks, i
 
 // The sums of one task's stages that belong to this group, left in shared.partial for the group that finishes the task.
 template <class Traits>
-__device__ __forceinline__ void ring_task_sums(uint8_t* ring, uint64_t* full, uint64_t* empty, const RingTask& task, int group,
-                                                 int warp, int lane, int first_stage, float* partial,
-                                                 uint64_t* partial_empty, uint32_t partial_phase) {
+__device__ __forceinline__ void ring_task_sums(uint8_t* ring, uint64_t* full, uint64_t* empty, const RingTask& task,
+                                               int group, int warp, int lane, int first_stage, float* partial,
+                                               uint64_t* partial_empty, uint32_t partial_phase) {
   float sum[2][4] = {};
   const int stages = (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
-  for (int i = (group + Traits::kGroups - first_stage % Traits::kGroups) % Traits::kGroups; i < stages; i += Traits::kGroups) {
-    const uint32_t at = static_cast<uint32_t>(first_stage + i), stage = at % Traits::kStages, phase = at / Traits::kStages & 1;
+  for (int i = (group + Traits::kGroups - first_stage % Traits::kGroups) % Traits::kGroups; i < stages;
+       i += Traits::kGroups) {
+    const uint32_t at = static_cast<uint32_t>(first_stage + i), stage = at % Traits::kStages,
+                   phase = at / Traits::kStages & 1;
     spin_until([&] { return mbarrier_try_wait_long(&full[stage], phase); }, "moe ring: stage filled", task.counter, i);
     const uint32_t stage_address = ptx::smem_address(ring + stage * Traits::kStageBytes);
     const int blocks = task.blocks - i * Traits::kStageBlocks;
@@ -258,16 +275,19 @@ __device__ __forceinline__ void ring_task_sums(uint8_t* ring, uint64_t* full, ui
       else
         ring_stage<Traits>(stage_address, blocks, warp, lane, sum);
     }
-    ptx::mbarrier_arrive(&empty[stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
+    ptx::mbarrier_arrive(
+        &empty[stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
   }
-  spin_until([&] { return mbarrier_try_wait_long(partial_empty, partial_phase ^ 1); }, "moe ring: partial sums free", task.counter, 0);
+  spin_until([&] { return mbarrier_try_wait_long(partial_empty, partial_phase ^ 1); }, "moe ring: partial sums free",
+             task.counter, 0);
   *reinterpret_cast<float4*>(partial + (group * 4 + warp) * 128 + lane * 4) =
       make_float4(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1], sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
 }
 
 // y of 64 output columns for every token: the slots' outputs added in order of expert id.
 template <class Traits>
-__device__ __forceinline__ void ring_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared, int strip, int thread) {
+__device__ __forceinline__ void ring_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared,
+                                             int strip, int thread) {
   const int lane = thread & 15, hidden = args.shape.hidden, topk = args.shape.num_topk;
   for (int token = thread >> 4; token < args.num_tokens; token += 8) {
     float sum[4] = {};
@@ -276,14 +296,16 @@ __device__ __forceinline__ void ring_combine(const MoeStreamArgs& args, const ty
     for (int k = 0; k < topk; ++k) {
       const int place = shared.order[token * topk + k];
       if (place == 0xff) continue;
-      const uint2 v = __ldcg(reinterpret_cast<const uint2*>(args.slot_y + static_cast<int64_t>(token * topk + place) * hidden + column));
+      const uint2 v = __ldcg(
+          reinterpret_cast<const uint2*>(args.slot_y + static_cast<int64_t>(token * topk + place) * hidden + column));
       sum[0] += __uint_as_float(v.x << 16);
       sum[1] += __uint_as_float(v.x & 0xffff0000u);
       sum[2] += __uint_as_float(v.y << 16);
       sum[3] += __uint_as_float(v.y & 0xffff0000u);
     }
     if (args.shared_y) {
-      const uint2 v = __ldcg(reinterpret_cast<const uint2*>(args.shared_y + static_cast<int64_t>(token) * hidden + column));
+      const uint2 v =
+          __ldcg(reinterpret_cast<const uint2*>(args.shared_y + static_cast<int64_t>(token) * hidden + column));
       sum[0] += __uint_as_float(v.x << 16);
       sum[1] += __uint_as_float(v.x & 0xffff0000u);
       sum[2] += __uint_as_float(v.y << 16);
@@ -297,15 +319,17 @@ __device__ __forceinline__ void ring_combine(const MoeStreamArgs& args, const ty
 
 // Adds the groups' partial sums of a task and finishes it: h of fc1, slot outputs of fc2, y where the strip is complete.
 template <class Traits>
-__device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typename Traits::Shared& shared, const RingTasks& tasks, const RingTask& task,
-                                                const float* partial, uint64_t* partial_full, uint64_t* partial_empty, uint32_t phase,
-                                                int warp, int lane) {
+__device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typename Traits::Shared& shared,
+                                              const RingTasks& tasks, const RingTask& task, const float* partial,
+                                              uint64_t* partial_full, uint64_t* partial_empty, uint32_t phase, int warp,
+                                              int lane) {
   const bool is_shared = Traits::kShared && task.is_shared;
   const int rows = task.rows, first = task.first;
   const int g = lane >> 2, t = lane & 3;
   const float scale = is_shared ? 1.0f : kMoeAlphaScale;
   const float alpha[3] = {task.alpha[0] * scale, task.alpha[1] * scale, task.alpha[2] * scale};  // before the wait
-  spin_until([&] { return mbarrier_try_wait_long(partial_full, phase); }, "moe ring: partial sums", task.counter, task.strip);
+  spin_until([&] { return mbarrier_try_wait_long(partial_full, phase); }, "moe ring: partial sums", task.counter,
+             task.strip);
   float sum[4] = {};
 #pragma unroll
   for (int from = 0; from < Traits::kGroups; ++from) {
@@ -323,7 +347,8 @@ __device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typenam
       if (row >= rows) continue;
       const int slot = is_shared ? first + row : shared.slots[first + row];  // shared: the token
       const float gate = round_bf16(sum[i] * alpha_gate), up = round_bf16(sum[2 + i] * alpha_up);
-      bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter : args.h + static_cast<int64_t>(slot) * args.shape.inter;
+      bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter
+                          : args.h + static_cast<int64_t>(slot) * args.shape.inter;
       h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.rho[slot], args.swiglu_limit));
     }
     fence_proxy_async_all();
@@ -338,7 +363,8 @@ __device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typenam
     const int row = 2 * t + i;
     if (row >= rows) continue;
     bf16* out = (is_shared ? args.shared_y + static_cast<int64_t>(first + row) * args.shape.hidden
-                           : args.slot_y + static_cast<int64_t>(shared.slots[first + row]) * args.shape.hidden) + column;
+                           : args.slot_y + static_cast<int64_t>(shared.slots[first + row]) * args.shape.hidden) +
+                column;
     out[0] = encode_bf16(sum[i] * alpha_down);
     out[2] = encode_bf16(sum[2 + i] * alpha_down);
   }
@@ -350,8 +376,8 @@ __device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typenam
 }
 
 template <class Traits>
-__device__ void ring_math(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, uint64_t* full, uint64_t* empty,
-                            const RingTasks& tasks) {
+__device__ void ring_math(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, uint64_t* full,
+                          uint64_t* empty, const RingTasks& tasks) {
   const int group = threadIdx.x / 128, warp = (threadIdx.x / 32) % 4, lane = threadIdx.x % 32;
   int first_stage = 0, count = 0;  // of the task, counted over all tasks of this CTA
   for (int v = blockIdx.x; v < tasks.count; v += gridDim.x) {
@@ -359,7 +385,8 @@ __device__ void ring_math(const MoeStreamArgs& args, typename Traits::Shared& sh
     const int buffer = count % Traits::kBuffers;
     const uint32_t phase = (count / Traits::kBuffers) & 1;
     float* partial = shared.partial[buffer];
-    ring_task_sums<Traits>(ring, full, empty, task, group, warp, lane, first_stage, partial, &shared.partial_empty[buffer], phase);
+    ring_task_sums<Traits>(ring, full, empty, task, group, warp, lane, first_stage, partial,
+                           &shared.partial_empty[buffer], phase);
     first_stage += (task.blocks + Traits::kStageBlocks - 1) / Traits::kStageBlocks;
     ptx::mbarrier_arrive(&shared.partial_full[buffer]);
     ++count;
@@ -373,8 +400,8 @@ __device__ void ring_finish(const MoeStreamArgs& args, typename Traits::Shared& 
   uint32_t phase = 0;
   for (int v = blockIdx.x; v < tasks.count; v += gridDim.x) {
     const RingTask task = ring_task<Traits>(args, shared, tasks, v);
-    ring_epilogue<Traits>(args, shared, tasks, task, shared.partial[buffer], &shared.partial_full[buffer], &shared.partial_empty[buffer], phase,
-                            warp, lane);
+    ring_epilogue<Traits>(args, shared, tasks, task, shared.partial[buffer], &shared.partial_full[buffer],
+                          &shared.partial_empty[buffer], phase, warp, lane);
     if (++buffer == Traits::kBuffers) buffer = 0, phase ^= 1;
   }
 }

@@ -140,8 +140,8 @@ __device__ __forceinline__ OperandRow operand_row(const MoeRouting& routing, int
 
 // A warp per token and quarter of its columns: x is read once and written to each of its slots. Lane = (block of 64 columns mod 4, chunk).
 constexpr int kGatherParts = 4;
-__global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx, const bf16* x,
-                                                         int64_t num_tokens, bf16* x_rows) {
+__global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx,
+                                                         const bf16* x, int64_t num_tokens, bf16* x_rows) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, chunk = lane % 8, topk = shape.num_topk;
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRout
   const int64_t token = work / kGatherParts;
   if (token >= num_tokens) return;
   const int part = static_cast<int>(work % kGatherParts), blocks = shape.hidden / kMoeBlockCols;
-  const int per_part = (blocks + kGatherParts - 1) / kGatherParts, begin = part * per_part, end = min(blocks, begin + per_part);
+  const int per_part = (blocks + kGatherParts - 1) / kGatherParts, begin = part * per_part,
+            end = min(blocks, begin + per_part);
   int row = -1;  // lane k keeps where slot k goes
   OperandRow place{};
   if (lane < topk) {
@@ -167,7 +168,8 @@ __global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRout
     }
     for (int k = 0; k < topk; ++k) {
       const int64_t offset = __shfl_sync(0xffffffffu, place.offset, k);
-      const int stride = __shfl_sync(0xffffffffu, place.stride, k), in_tile = __shfl_sync(0xffffffffu, place.in_tile, k);
+      const int stride = __shfl_sync(0xffffffffu, place.stride, k),
+                in_tile = __shfl_sync(0xffffffffu, place.in_tile, k);
       if (__shfl_sync(0xffffffffu, row, k) < 0) continue;
       uint4* target = reinterpret_cast<uint4*>(x_rows) + offset + (chunk ^ (in_tile & 7));
 #pragma unroll
@@ -181,7 +183,8 @@ __global__ void __launch_bounds__(256) moe_gather_kernel(MoeShape shape, MoeRout
 
 // One group of 16 quantised by the run-time rule, as bf16 e2m1 * sf in operand order: chunk c of the block holds columns 2 c, 2 c + 1
 // of each of its four groups.
-__device__ __forceinline__ void quantize_group(const float (&v)[16], const GlobalScale& global, float rcp6, uint32_t (&out)[8]) {
+__device__ __forceinline__ void quantize_group(const float (&v)[16], const GlobalScale& global, float rcp6,
+                                               uint32_t (&out)[8]) {
   const Nvfp4Group q = encode_nvfp4_runtime_group(v, global, rcp6);
   const float sf = decode_ue4m3(q.sf);
 #pragma unroll
@@ -196,7 +199,8 @@ __device__ __forceinline__ void load_group(const bf16* from, float (&v)[16]) {
   *reinterpret_cast<uint4*>(w) = *reinterpret_cast<const uint4*>(from);
   *reinterpret_cast<uint4*>(w + 4) = *reinterpret_cast<const uint4*>(from + 8);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[2 * i] = __uint_as_float(w[i] << 16), v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+  for (int i = 0; i < 8; ++i)
+    v[2 * i] = __uint_as_float(w[i] << 16), v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
 }
 __device__ __forceinline__ void load_group(const float* from, float (&v)[16]) {
 #pragma unroll
@@ -219,8 +223,9 @@ __device__ __forceinline__ float row_amax(const Source* row, int groups, int lan
 }
 
 // A warp per token, a lane per group of 16: quantised once, written to each of its slots.
-__global__ void __launch_bounds__(256) moe_gather_nvfp4_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx, const bf16* x,
-                                                               int64_t num_tokens, bf16* x_rows, float* x_global) {
+__global__ void __launch_bounds__(256)
+    moe_gather_nvfp4_kernel(MoeShape shape, MoeRouting routing, const int32_t* topk_idx, const bf16* x,
+                            int64_t num_tokens, bf16* x_rows, float* x_global) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, topk = shape.num_topk, groups = shape.hidden / 16;
@@ -244,7 +249,8 @@ __global__ void __launch_bounds__(256) moe_gather_nvfp4_kernel(MoeShape shape, M
       if (base == 0 && lane == 0) x_global[row] = global.value;
       if (group >= groups) continue;
       uint32_t* target = reinterpret_cast<uint32_t*>(reinterpret_cast<uint4*>(x_rows) + place.offset +
-                                                     static_cast<int64_t>(group / 4) * place.stride) + group % 4;
+                                                     static_cast<int64_t>(group / 4) * place.stride) +
+                         group % 4;
 #pragma unroll
       for (int c = 0; c < 8; ++c) target[(c ^ (place.in_tile & 7)) * 4] = out[c];
     }
@@ -252,8 +258,8 @@ __global__ void __launch_bounds__(256) moe_gather_nvfp4_kernel(MoeShape shape, M
 }
 
 // A warp per row of h, a lane per group of 16: the row's amax, then every group quantised by the run-time rule.
-__global__ void __launch_bounds__(256) moe_requantize_kernel(MoeShape shape, MoeRouting routing, const float* h_wide, bf16* rows,
-                                                             float* globals) {
+__global__ void __launch_bounds__(256)
+    moe_requantize_kernel(MoeShape shape, MoeRouting routing, const float* h_wide, bf16* rows, float* globals) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int lane = threadIdx.x % 32, columns = shape.inter, groups = columns / 16;
@@ -283,8 +289,8 @@ __global__ void __launch_bounds__(256) moe_requantize_kernel(MoeShape shape, Moe
 }
 
 // A thread per eight columns of a token: its slots in order of expert id, then the shared expert, rounded once.
-__global__ void __launch_bounds__(256) moe_combine_kernel(MoeShape shape, const int32_t* topk_idx, const bf16* slot_y,
-                                                          const bf16* shared_y, bf16* y) {
+__global__ void __launch_bounds__(256)
+    moe_combine_kernel(MoeShape shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, bf16* y) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
@@ -337,8 +343,8 @@ void launch_moe_route(const MoeShape& shape, const int32_t* topk_idx, int64_t nu
   gpu::launch(moe_route_kernel, config, shape, topk_idx, static_cast<int>(num_tokens) * shape.num_topk, routing);
 }
 
-void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x, int64_t num_tokens,
-                       bf16* x_rows, cudaStream_t stream) {
+void launch_moe_gather(const MoeShape& shape, const MoeRouting& routing, const int32_t* topk_idx, const bf16* x,
+                       int64_t num_tokens, bf16* x_rows, cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = static_cast<unsigned>((num_tokens * kGatherParts + 7) / 8);
   config.block = 256;
@@ -357,8 +363,8 @@ void launch_moe_gather_nvfp4(const MoeShape& shape, const MoeRouting& routing, c
   gpu::launch(moe_gather_nvfp4_kernel, config, shape, routing, topk_idx, x, num_tokens, x_rows, x_global);
 }
 
-void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows, float* h_global,
-                           cudaStream_t stream) {
+void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, const float* h_wide, bf16* h_rows,
+                           float* h_global, cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = 132 * 8;
   config.block = 256;
@@ -367,8 +373,8 @@ void launch_moe_requantize(const MoeShape& shape, const MoeRouting& routing, con
   gpu::launch(moe_requantize_kernel, config, shape, routing, h_wide, h_rows, h_global);
 }
 
-void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y, int64_t num_tokens,
-                        bf16* y, cudaStream_t stream) {
+void launch_moe_combine(const MoeShape& shape, const int32_t* topk_idx, const bf16* slot_y, const bf16* shared_y,
+                        int64_t num_tokens, bf16* y, cudaStream_t stream) {
   gpu::LaunchConfig config;
   config.grid = dim3(static_cast<unsigned>(num_tokens), static_cast<unsigned>((shape.hidden + 2047) / 2048));
   config.block = 256;

@@ -30,25 +30,26 @@ DSV4_HD constexpr int64_t moe_shared_fc2_bytes(int64_t hidden, int64_t inter) {
 
 // One matrix as checkpoints hold it, in device memory.
 struct MoeLinearFp8 {
-  const uint8_t* codes;        // [rows, cols] e4m3
-  const float* block_scales;   // [ceil(rows / 128), ceil(cols / 128)], powers of two
+  const uint8_t* codes;       // [rows, cols] e4m3
+  const float* block_scales;  // [ceil(rows / 128), ceil(cols / 128)], powers of two
 };
 struct MoeLinearShared {
   MoeLinearFp8 w1, w3;  // [inter, hidden]
   MoeLinearFp8 w2;      // [hidden, inter]
 };
 
-void pack_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, uint8_t* fc1, uint8_t* fc2, float* alpha, cudaStream_t stream);
+void pack_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, uint8_t* fc1, uint8_t* fc2,
+                     float* alpha, cudaStream_t stream);
 // Decodes with the kernels' own decoder and compares every weight with the linear form; adds the number of differences. A scale
 // that is no power of two, or a NaN code, shows here.
-void verify_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, const uint8_t* fc1, const uint8_t* fc2, const float* alpha,
-                       unsigned long long* mismatches, cudaStream_t stream);
+void verify_moe_shared(const MoeLinearShared& expert, int64_t hidden, int64_t inter, const uint8_t* fc1,
+                       const uint8_t* fc2, const float* alpha, unsigned long long* mismatches, cudaStream_t stream);
 
 struct MoeSharedArgs {
   MoeSharedWeights weights;
-  const bf16* x;       // [num_tokens, hidden]
-  bf16* h;             // [num_tokens, inter]   scratch
-  bf16* y;             // [num_tokens, hidden]
+  const bf16* x;  // [num_tokens, hidden]
+  bf16* h;        // [num_tokens, inter]   scratch
+  bf16* y;        // [num_tokens, hidden]
   int64_t num_tokens;
   int hidden;
   float swiglu_limit;

@@ -82,7 +82,11 @@ void group_slots(const MoeArgs& args, bool a4, MoeWork& work) {
 class MoeRun {
  public:
   MoeRun(const MoeArgs& args, const CpuContext& context, MoeWork& work)
-      : args_(args), pool_(context.pool), kernels_(*panel_kernels(context.isa)), work_(work), exact_(args.precision.exact) {}
+      : args_(args),
+        pool_(context.pool),
+        kernels_(*panel_kernels(context.isa)),
+        work_(work),
+        exact_(args.precision.exact) {}
 
   void run() {
     group_slots(args_, !exact_ && args_.precision.act == ActFormat::kNvfp4, work_);
@@ -117,14 +121,17 @@ class MoeRun {
     const bool bf16 = !exact_ && w.view.format == WeightFormat::kNvfp4;
     return kernels_.form(w.view.format, {a4, bf16, ceil_div(num_routed_slots(), num_experts)});
   }
-  ActForm shared_form(const Weight& w) const { return kernels_.form(w.view.format, {false, !exact_, args_.num_tokens}); }
+  ActForm shared_form(const Weight& w) const {
+    return kernels_.form(w.view.format, {false, !exact_, args_.num_tokens});
+  }
 
   // Rows of x or h for fc1 or fc2, given by row(idx) in binary32.
   template <class Row>
   void prepare_rows(PreparedRows& rows, int64_t count, const Row& row) {
     const int64_t step = rows.rows_per_task();
     for_each(ceil_div(count, step), count >= 2 && rows.form() != ActForm::kF32, [&](int64_t task) {
-      for (int64_t idx = task * step; idx < std::min(count, (task + 1) * step); ++idx) rows.set(kernels_, idx, row(idx));
+      for (int64_t idx = task * step; idx < std::min(count, (task + 1) * step); ++idx)
+        rows.set(kernels_, idx, row(idx));
     });
   }
 
@@ -152,10 +159,12 @@ class MoeRun {
       }
       for (int64_t slot = 0; slot < num_routed; ++slot)
         work_.x_rows[static_cast<size_t>(slot)] =
-            is_tile_form(form) ? work_.x_slots.row(slot) : work_.x_routed.row(work_.slots[static_cast<size_t>(slot)].token);
+            is_tile_form(form) ? work_.x_slots.row(slot)
+                               : work_.x_routed.row(work_.slots[static_cast<size_t>(slot)].token);
     }
     if (args_.shared == nullptr) return;
-    DSV4_CHECK(args_.shared->w1.view.format == args_.shared->w3.view.format, "shared expert: w1 and w3 differ in format");
+    DSV4_CHECK(args_.shared->w1.view.format == args_.shared->w3.view.format,
+               "shared expert: w1 and w3 differ in format");
     work_.x_shared.reset(shared_form(args_.shared->w1), args_.num_tokens, args_.hidden);
     work_.h_shared.reset(shared_form(args_.shared->w2), args_.num_tokens, args_.shared->w1.view.rows);
     prepare_rows(work_.x_shared, args_.num_tokens, x_row);
@@ -186,7 +195,8 @@ class MoeRun {
     const auto num_runs = [run](const ActiveExpert& e) { return ceil_div(ceil_div(e.inter(), kPanelRows), run); };
     work_.fc1_task_begin.assign(1, 0);
     for (const ActiveExpert& e : work_.experts)
-      work_.fc1_task_begin.push_back(work_.fc1_task_begin.back() + num_runs(e) * ceil_div(e.slot_end - e.slot_begin, kSlotsPerTask));
+      work_.fc1_task_begin.push_back(work_.fc1_task_begin.back() +
+                                     num_runs(e) * ceil_div(e.slot_end - e.slot_begin, kSlotsPerTask));
     for_each(work_.fc1_task_begin.back(), true, [&](int64_t task) {
       const auto found = std::upper_bound(work_.fc1_task_begin.begin(), work_.fc1_task_begin.end(), task) - 1;
       const ActiveExpert& e = work_.experts[static_cast<size_t>(found - work_.fc1_task_begin.begin())];
@@ -206,14 +216,16 @@ class MoeRun {
     for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
       run_panel_pair(kernels_, {&e.weights->w1, row, gate}, {&e.weights->w3, row, up}, form, x, count);
       for (int64_t i = 0; i < count; ++i)
-        kernels_.swiglu(gate + i * kPanelRows, up + i * kPanelRows, work_.slots[static_cast<size_t>(slot_begin + i)].rho,
-                        args_.swiglu_limit, !exact_, !exact_ && !e.a4, kPanelRows, h_row(e, slot_begin + i) + row);
+        kernels_.swiglu(gate + i * kPanelRows, up + i * kPanelRows,
+                        work_.slots[static_cast<size_t>(slot_begin + i)].rho, args_.swiglu_limit, !exact_,
+                        !exact_ && !e.a4, kPanelRows, h_row(e, slot_begin + i) + row);
     }
   }
 
   void prepare_h() {
     const int64_t num_routed = num_routed_slots();
-    if (num_routed > 0) prepare_rows(work_.h_routed, num_routed, [&](int64_t slot) { return h_ + slot * routed_h_stride_; });
+    if (num_routed > 0)
+      prepare_rows(work_.h_routed, num_routed, [&](int64_t slot) { return h_ + slot * routed_h_stride_; });
     if (args_.shared == nullptr) return;
     const float* h = h_ + num_routed * routed_h_stride_;
     prepare_rows(work_.h_shared, args_.num_tokens, [&](int64_t token) { return h + token * shared_h_stride_; });
@@ -224,7 +236,8 @@ class MoeRun {
     const int64_t num_panels = ceil_div(args_.hidden, kPanelRows);
     const int64_t range = std::min(args_.num_tokens, kRangeTokens);
     const int64_t by_cache = kSumBytes / (range * kPanelRows * 4), by_threads = num_panels / (4 * pool_.num_threads());
-    const int64_t block = round_up(std::max<int64_t>(1, std::min(by_cache, by_threads)), 2);  // tiles take panels in pairs
+    const int64_t block =
+        round_up(std::max<int64_t>(1, std::min(by_cache, by_threads)), 2);  // tiles take panels in pairs
     const int64_t num_blocks = ceil_div(num_panels, block);
     const SpreadTasks spread{num_blocks * ceil_div(args_.num_tokens, range), pool_.num_threads()};
     for_each(spread.num_indices(), true, [&](int64_t idx) {
@@ -253,7 +266,8 @@ class MoeRun {
       if (begin == end) continue;
       if (idx + 1 < work_.experts.size()) prefetch_panel(work_.experts[idx + 1].weights->w2, row_begin);
       for (int64_t slot = begin; slot < end; slot += kSlotsPerTask)
-        fc2_add(e, row_begin, row_end, slot, std::min(kSlotsPerTask, end - slot), sum - token_begin * width, width, out);
+        fc2_add(e, row_begin, row_end, slot, std::min(kSlotsPerTask, end - slot), sum - token_begin * width, width,
+                out);
     }
     if (!exact_) kernels_.round_bf16(sum, num_tokens * width);
     for (int64_t token = 0; token < num_tokens; ++token)
@@ -262,8 +276,8 @@ class MoeRun {
   }
 
   // sum[token] += rows of w2 h for slots [slot, slot + count) of one expert.
-  void fc2_add(const ActiveExpert& e, int64_t row_begin, int64_t row_end, int64_t slot, int64_t count, float* sum, int64_t width,
-               float* out) {
+  void fc2_add(const ActiveExpert& e, int64_t row_begin, int64_t row_end, int64_t slot, int64_t count, float* sum,
+               int64_t width, float* out) {
     const PreparedRows& h = e.shared ? work_.h_shared : work_.h_routed;
     const std::byte* const* rows = h.rows() + (e.shared ? slot - e.slot_begin : slot);
     const auto add = [&](int64_t row, const float* results) {

@@ -38,11 +38,11 @@ __device__ __forceinline__ void prefetch_shared(const MoeStreamArgs& args) {
 }
 
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
 
 // Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts
 // live in `scratch` (kRouteScratch bytes, the ring before its use). Latency counts here: every weight waits for it. A warp ranks the slots of
@@ -51,15 +51,17 @@ template <class Traits>
 constexpr int kRouteScratch = Traits::kMaxSlots * 4 + 128 + Traits::kThreads / 32 * kMoeMaxExperts * 2;
 template <class Traits>
 __device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename Traits::Shared& shared, int* scratch) {
-  constexpr int kWarps = Traits::kThreads / 32, kMaxRounds = (Traits::kMaxSlots + Traits::kThreads - 1) / Traits::kThreads;
+  constexpr int kWarps = Traits::kThreads / 32,
+                kMaxRounds = (Traits::kMaxSlots + Traits::kThreads - 1) / Traits::kThreads;
   const int num_slots = args.num_tokens * args.shape.num_topk, num_experts = args.shape.num_experts;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rounds = (num_slots + Traits::kThreads - 1) / Traits::kThreads, stretch = 32 * rounds;
-  const int warps = (num_slots + stretch - 1) / stretch;                          // that have slots
-  int16_t* expert = reinterpret_cast<int16_t*>(scratch);                          // [Traits::kMaxSlots]
-  uint16_t* rank = reinterpret_cast<uint16_t*>(expert + Traits::kMaxSlots);         // [Traits::kMaxSlots]  within expert and warp
-  uint32_t* warp_sums = reinterpret_cast<uint32_t*>(rank + Traits::kMaxSlots);      // [32]
-  uint16_t* count = reinterpret_cast<uint16_t*>(warp_sums + 32);                  // [warps, num_experts], becomes the first slot
+  const int warps = (num_slots + stretch - 1) / stretch;  // that have slots
+  int16_t* expert = reinterpret_cast<int16_t*>(scratch);  // [Traits::kMaxSlots]
+  uint16_t* rank =
+      reinterpret_cast<uint16_t*>(expert + Traits::kMaxSlots);  // [Traits::kMaxSlots]  within expert and warp
+  uint32_t* warp_sums = reinterpret_cast<uint32_t*>(rank + Traits::kMaxSlots);  // [32]
+  uint16_t* count = reinterpret_cast<uint16_t*>(warp_sums + 32);  // [warps, num_experts], becomes the first slot
 
   if (warp < warps) {
     int e[kMaxRounds];

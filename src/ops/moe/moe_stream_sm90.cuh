@@ -26,12 +26,13 @@ struct StreamTraits {
   static constexpr StreamMode kMode = kMode_;
   static constexpr int kTiles = kMaxRows / 8;  // n8 tiles of the matrix instruction
   static constexpr int kMathWarps = 16;
-  static constexpr int kThreads = 32 * (kMathWarps + 4);  // a warpgroup of service warps, two of them idle
+  static constexpr int kThreads = 32 * (kMathWarps + 4);              // a warpgroup of service warps, two of them idle
   static constexpr int kMathRegisters = 104, kServiceRegisters = 64;  // 96 at launch, moved by setmaxnreg
   static constexpr int kTaskStrips = kMathWarps / 4;
   __host__ __device__ static constexpr int tasks_of(int strips) { return (strips + kTaskStrips - 1) / kTaskStrips; }
   static constexpr int kGroupBlocks = 8;  // blocks in a warp's registers, and of a row stage
-  static constexpr int kRowPitch = kGroupBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
+  static constexpr int kRowPitch =
+      kGroupBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
   static constexpr int kStageBytes = kMaxRows * kRowPitch;
   static constexpr int kStages = 5;
   static constexpr int kTaskSlots = 4;
@@ -41,18 +42,19 @@ struct StreamTraits {
     int blocks;              // 0: no more tasks; of the shared expert: half blocks
     int counter;             // of fc1_done
     int strip, strips;
-    int rows, first;         // token rows; the first in Shared::slots, or of the shared expert the first token
+    int rows, first;  // token rows; the first in Shared::slots, or of the shared expert the first token
     bool is_fc2, is_shared;
-    float alpha[2];          // valid once the task's first row stage is
+    float alpha[2];  // valid once the task's first row stage is
   };
   struct Shared {
-    alignas(16) uint8_t zero_row[kRowPitch];  // stands for rows a chunk does not have: what lay in the ring would only cost power
+    alignas(16) uint8_t
+        zero_row[kRowPitch];  // stands for rows a chunk does not have: what lay in the ring would only cost power
     Task tasks[kTaskSlots];
     uint64_t task_full[kTaskSlots], task_done[kTaskSlots], task_free[kTaskSlots];
     uint64_t rows_full[kStages], rows_empty[kStages];
     float rho[kMaxSlots];
-    uint16_t slots[kMaxSlots];                 // sorted by expert, then token
-    uint8_t order[kMaxSlots];                  // per token: its topk positions by expert id
+    uint16_t slots[kMaxSlots];  // sorted by expert, then token
+    uint8_t order[kMaxSlots];   // per token: its topk positions by expert id
     uint16_t chunk_expert[kMaxSlots];
     uint16_t chunk_first[kMaxSlots];
     uint16_t chunk_rows[kMaxSlots];
@@ -88,7 +90,8 @@ struct StreamWeights {
   uint32_t scales[Traits::kGroupBlocks];
 };
 template <class Traits>
-__device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, const uint8_t* codes, const uint8_t* scales, bool first = false) {
+__device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, const uint8_t* codes,
+                                            const uint8_t* scales, bool first = false) {
   if (Traits::kMode != StreamMode::kMathOnly || first) {
     w.codes[j] = load_weights_16(codes);
     w.scales[j] = load_weights_2(scales);
@@ -105,14 +108,16 @@ struct StreamCursor {
 
   __device__ __forceinline__ void next_task(typename Traits::Shared& shared, int warp, int lane) {
     const uint32_t slot = tasks % Traits::kTaskSlots;
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], tasks / Traits::kTaskSlots & 1); }, "moe stream: next task", slot, warp);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], tasks / Traits::kTaskSlots & 1); },
+               "moe stream: next task", slot, warp);
     const typename Traits::Task& task = shared.tasks[slot];
     ++tasks;
     left = task.blocks;
     block_bytes = left == 0 ? 0 : Traits::kShared && task.is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;
     const int strip = min(task.strip + warp / 4, task.strips - 1);
     const uint32_t thread = (warp % 4) * 32 + lane;
-    const uint8_t* weights = task.weights + static_cast<int64_t>(strip) * task.blocks * (Traits::kShared ? block_bytes : kMoeBlockBytes);
+    const uint8_t* weights =
+        task.weights + static_cast<int64_t>(strip) * task.blocks * (Traits::kShared ? block_bytes : kMoeBlockBytes);
     codes = weights + thread * 16;
     scales = weights + kMoeBlockCodeBytes + (Traits::kShared && task.is_shared ? 0 : thread * 2);
   }
@@ -131,18 +136,21 @@ struct StreamRows {
   uint4 part[kTiles];
 };
 template <class Traits, int kTiles>
-__device__ __forceinline__ void stream_fetch_rows(StreamRows<kTiles>& rows, uint32_t address, uint32_t last_tile, int half) {
+__device__ __forceinline__ void stream_fetch_rows(StreamRows<kTiles>& rows, uint32_t address, uint32_t last_tile,
+                                                  int half) {
   const int offset = half / 2 * 128 + half % 2 * 16;
 #pragma unroll
-  for (int tile = 0; tile + 1 < kTiles; ++tile) load_shared_16(rows.part[tile], address + tile * 8 * Traits::kRowPitch + offset);
+  for (int tile = 0; tile + 1 < kTiles; ++tile)
+    load_shared_16(rows.part[tile], address + tile * 8 * Traits::kRowPitch + offset);
   load_shared_16(rows.part[kTiles - 1], last_tile + offset);
 }
 
 // Multiplies the group in registers (count blocks) and loads the next one into the same registers, block by block.
 // kFp8: blocks are half blocks of the shared expert. kWhole: both groups have kGroupBlocks blocks, of the same kind.
 template <class Traits, int kTiles, int kChains, bool kFp8, bool kWhole>
-__device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCursor<Traits>& next, int next_count, int count,
-                                             uint32_t rows_address, uint32_t last_tile, float (&sum)[kChains][kTiles][4]) {
+__device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCursor<Traits>& next, int next_count,
+                                             int count, uint32_t rows_address, uint32_t last_tile,
+                                             float (&sum)[kChains][kTiles][4]) {
   constexpr int kAhead = kTiles <= 2 ? 1 : 0;  // halves that rows are fetched ahead
   constexpr int kPerBlock = kFp8 ? 1 : 2, kHalves = kPerBlock * Traits::kGroupBlocks;
   constexpr int kBlockBytes = kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes;
@@ -157,13 +165,16 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
         const uint32_t sf_low = decode_sf(w.scales[j] & 0xff), sf_high = decode_sf(w.scales[j] >> 8);
 #pragma unroll
         for (int half = kPerBlock * j; half < kPerBlock * (j + 1); ++half) {
-          if (half + kAhead < kHalves) stream_fetch_rows<Traits, kTiles>(rows[(half + kAhead) % (kAhead + 1)], rows_address, last_tile, half + kAhead);
+          if (half + kAhead < kHalves)
+            stream_fetch_rows<Traits, kTiles>(rows[(half + kAhead) % (kAhead + 1)], rows_address, last_tile,
+                                              half + kAhead);
           const StreamRows<kTiles>& b = rows[half % (kAhead + 1)];
           uint32_t a[2][4];
           if constexpr (kFp8)
             decode_fp8_half_block(w.codes[j], w.scales[j], a);
           else
-            decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w, sf_low, sf_high, a);
+            decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w,
+                              sf_low, sf_high, a);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
             mma_m16n8k16(sum[0][tile], a[0], b.part[tile].x, b.part[tile].y);
@@ -186,7 +197,8 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
 // h of fc1, slot outputs of fc2.
 template <class Traits, int kTiles>
 __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const typename Traits::Shared& shared,
-                                                const typename Traits::Task& task, const float (&sum)[kTiles][4], int warp, int lane) {
+                                                const typename Traits::Task& task, const float (&sum)[kTiles][4],
+                                                int warp, int lane) {
   const int strip = task.strip + warp / 4;
   if (strip >= task.strips) return;
   const bool is_shared = Traits::kShared && task.is_shared;
@@ -201,13 +213,14 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
       const int row = tile * 8 + 2 * t + i;
       if (row >= rows) continue;
       const int slot = is_shared ? first + row : shared.slots[first + row];  // shared: the token
-      if (task.is_fc2) {  // row g + 8 is two columns on
+      if (task.is_fc2) {                                                     // row g + 8 is two columns on
         bf16* out = (is_shared ? args.shared_y : args.slot_y) + static_cast<int64_t>(slot) * args.shape.hidden + column;
         out[0] = encode_bf16(sum[tile][i] * alpha0);
         out[2] = encode_bf16(sum[tile][2 + i] * alpha0);
       } else {
         const float gate = round_bf16(sum[tile][i] * alpha0), up = round_bf16(sum[tile][2 + i] * alpha1);
-        bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter : args.h + static_cast<int64_t>(slot) * args.shape.inter;
+        bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter
+                            : args.h + static_cast<int64_t>(slot) * args.shape.inter;
         h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.rho[slot], args.swiglu_limit));
       }
     }
@@ -215,8 +228,9 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
 
 // One task: its first group is in `w`, `next` stands behind it.
 template <class Traits, int kTiles, bool kFp8>
-__device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename Traits::Shared& shared, const uint8_t* ring,
-                                            const typename Traits::Task& task, StreamWeights<Traits>& w, StreamCursor<Traits>& next,
+__device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename Traits::Shared& shared,
+                                            const uint8_t* ring, const typename Traits::Task& task,
+                                            StreamWeights<Traits>& w, StreamCursor<Traits>& next,
                                             RingPosition<Traits::kStages>& at, int warp, int lane) {
   constexpr int kChains = kTiles == 1 ? 2 : 1;  // one tile alone: half the dependent chain
   float sum[kChains][kTiles][4] = {};
@@ -226,14 +240,18 @@ __device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename 
     if (next.left == 0 && next.block_bytes != 0) next.next_task(shared, warp, lane);
     const int count = min(left, Traits::kGroupBlocks), next_count = min(next.left, Traits::kGroupBlocks);
     const uint32_t rows_address = ptx::smem_address(ring + at.stage * Traits::kStageBytes) + rows_offset;
-    const uint32_t last_tile = used ? rows_address + (kTiles - 1) * 8 * Traits::kRowPitch : ptx::smem_address(shared.zero_row);
-    spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows", task.counter, left);
+    const uint32_t last_tile =
+        used ? rows_address + (kTiles - 1) * 8 * Traits::kRowPitch : ptx::smem_address(shared.zero_row);
+    spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows",
+               task.counter, left);
     const bool same_kind = !Traits::kShared || next.block_bytes == (kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes);
     if (count == Traits::kGroupBlocks && next_count == Traits::kGroupBlocks && same_kind)
       stream_group<Traits, kTiles, kChains, kFp8, true>(w, next, next_count, count, rows_address, last_tile, sum);
     else
       stream_group<Traits, kTiles, kChains, kFp8, false>(w, next, next_count, count, rows_address, last_tile, sum);
-    ptx::mbarrier_arrive(&shared.rows_empty[at.stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
+    ptx::mbarrier_arrive(
+        &shared.rows_empty
+             [at.stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
     at.advance();
   }
 #pragma unroll
@@ -244,7 +262,8 @@ __device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename 
 }
 
 template <class Traits>
-__device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared, const uint8_t* ring) {
+__device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename Traits::Shared& shared,
+                                            const uint8_t* ring) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   StreamWeights<Traits> w = {};
   StreamCursor<Traits> next;
@@ -261,13 +280,16 @@ __device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename 
     const typename Traits::Task& task = shared.tasks[slot];
     if (task.blocks == 0) return;
     const auto run = [&](auto tiles, auto fp8) {
-      stream_task<Traits, decltype(tiles)::value, decltype(fp8)::value>(args, shared, ring, task, w, next, at, warp, lane);
+      stream_task<Traits, decltype(tiles)::value, decltype(fp8)::value>(args, shared, ring, task, w, next, at, warp,
+                                                                        lane);
     };
     const int tiles = (task.rows + 7) / 8;
     if (Traits::kShared && task.is_shared) {
       using Fp8 = std::bool_constant<Traits::kShared>;
-      if (tiles <= 2) run(std::integral_constant<int, 2>(), Fp8());
-      else run(std::integral_constant<int, 4>(), Fp8());
+      if (tiles <= 2)
+        run(std::integral_constant<int, 2>(), Fp8());
+      else
+        run(std::integral_constant<int, 4>(), Fp8());
     } else {
       if (tiles == 1) run(std::integral_constant<int, 1>(), std::false_type());
       if (tiles == 2) run(std::integral_constant<int, 2>(), std::false_type());
@@ -295,19 +317,23 @@ __device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32
 // Draws tasks in order (fc1 of every chunk, then fc2 of every chunk, in both the shared expert's first; strips innermost),
 // publishes them, copies their token rows.
 template <class Traits>
-__device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typename Traits::Shared& shared, uint8_t* ring, int ticket) {
+__device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typename Traits::Shared& shared,
+                                               uint8_t* ring, int ticket) {
   const int lane = threadIdx.x % 32;
-  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)), strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
+  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)),
+            strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
   const int per_chunk1 = Traits::tasks_of(strips1), per_chunk2 = Traits::tasks_of(strips2);
   const int shared_chunks = stream_shared_chunks<Traits>(args);
-  const int shared_strips1 = Traits::kShared ? static_cast<int>(moe_fc1_strips(args.shared.inter)) : 0, shared_per_chunk1 = Traits::tasks_of(shared_strips1);
+  const int shared_strips1 = Traits::kShared ? static_cast<int>(moe_fc1_strips(args.shared.inter)) : 0,
+            shared_per_chunk1 = Traits::tasks_of(shared_strips1);
   const int first2 = shared.num_chunks * per_chunk1 + shared_chunks * shared_per_chunk1;
   const int tasks = first2 + (shared.num_chunks + shared_chunks) * per_chunk2;
   RingPosition<Traits::kStages> at;
   RingPosition<Traits::kTaskSlots> slot;
   int ready_counter = -1;
   for (;; slot.advance()) {
-    for (uint64_t* barrier : {&shared.task_done[slot.stage], &shared.task_free[slot.stage]})  // multiplied and published
+    for (uint64_t* barrier :
+         {&shared.task_done[slot.stage], &shared.task_free[slot.stage]})  // multiplied and published
       spin_until([&] { return mbarrier_test_or_sleep(barrier, slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
     typename Traits::Task& task = shared.tasks[slot.stage];
     if (ticket >= tasks) {
@@ -323,16 +349,20 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
     const bool is_shared = Traits::kShared && w < shared_tasks;
     if (!is_shared) w -= shared_tasks;
     const int tasks1 = is_shared ? shared_per_chunk1 : per_chunk1;  // of a chunk in fc1
-    const int per_chunk = is_fc2 ? per_chunk2 : tasks1, strips = is_fc2 ? strips2 : is_shared ? shared_strips1 : strips1;
+    const int per_chunk = is_fc2 ? per_chunk2 : tasks1, strips = is_fc2      ? strips2
+                                                                 : is_shared ? shared_strips1
+                                                                             : strips1;
     const int chunk = w / per_chunk, strip = (w - chunk * per_chunk) * Traits::kTaskStrips;
     const int counter = is_shared ? chunk : shared_chunks + chunk;
-    const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols, block_bytes = is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;  // of a block
+    const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols,
+              block_bytes = is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;  // of a block
     const int blocks = (is_fc2 ? is_shared ? args.shared.inter : args.shape.inter : args.shape.hidden) / columns;
     const int expert = is_shared ? 0 : shared.chunk_expert[chunk];
     const int first = is_shared ? chunk * Traits::kMaxRows : shared.chunk_first[chunk];
     const int rows = is_shared ? min(Traits::kMaxRows, args.num_tokens - first) : shared.chunk_rows[chunk];
     const uint8_t* weights = is_shared ? (is_fc2 ? args.shared.fc2 : args.shared.fc1)
-                                       : (is_fc2 ? args.experts.fc2 : args.experts.fc1) + static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
+                                       : (is_fc2 ? args.experts.fc2 : args.experts.fc1) +
+                                             static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
     uint32_t drawn = 0;
     if (lane == 0) {
       task.weights = weights;
@@ -352,7 +382,8 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
       task.alpha[1] = alpha[1] * scale;
     }
     if (is_fc2 && ready_counter != counter) {
-      if (load_acquire(&args.fc1_done[counter]) < static_cast<uint32_t>(tasks1)) {  // few tokens: let L2 have the weights meanwhile
+      if (load_acquire(&args.fc1_done[counter]) <
+          static_cast<uint32_t>(tasks1)) {  // few tokens: let L2 have the weights meanwhile
         const uint32_t strip_bytes = blocks * block_bytes;
         if (lane < Traits::kTaskStrips && strip + lane < strips)
           ptx::bulk_prefetch_l2(weights + static_cast<int64_t>(strip + lane) * strip_bytes, strip_bytes);
@@ -365,7 +396,8 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
     const bf16* source = nullptr;
     if (lane < rows) {
       if (is_shared) {
-        source = is_fc2 ? args.shared_h + static_cast<int64_t>(first + lane) * args.shared.inter : args.x + static_cast<int64_t>(first + lane) * args.shape.hidden;
+        source = is_fc2 ? args.shared_h + static_cast<int64_t>(first + lane) * args.shared.inter
+                        : args.x + static_cast<int64_t>(first + lane) * args.shape.hidden;
       } else {
         const int s = shared.slots[first + lane];
         source = is_fc2 ? args.h + static_cast<int64_t>(s) * args.shape.inter
@@ -374,13 +406,13 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
     }
     for (int block = 0; block < blocks; block += Traits::kGroupBlocks, at.advance()) {
       const uint32_t bytes = min(Traits::kGroupBlocks, blocks - block) * columns * 2;
-      spin_until([&] { return mbarrier_test_or_sleep(&shared.rows_empty[at.stage], at.phase ^ 1); }, "moe stream: ring slot for rows",
-                 counter, block);
+      spin_until([&] { return mbarrier_test_or_sleep(&shared.rows_empty[at.stage], at.phase ^ 1); },
+                 "moe stream: ring slot for rows", counter, block);
       if (lane == 0) ptx::mbarrier_arrive_expect_tx(&shared.rows_full[at.stage], bytes * rows);
       __syncwarp();
       if (lane < rows)
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + lane * Traits::kRowPitch, source + block * columns, bytes,
-                       &shared.rows_full[at.stage]);
+        ptx::bulk_load(ring + at.stage * Traits::kStageBytes + lane * Traits::kRowPitch, source + block * columns,
+                       bytes, &shared.rows_full[at.stage]);
     }
     ticket = static_cast<int>(__shfl_sync(0xffffffffu, drawn, 0));
   }
@@ -391,12 +423,14 @@ template <class Traits>
 __device__ __forceinline__ void stream_publish(const MoeStreamArgs& args, typename Traits::Shared& shared) {
   if (threadIdx.x % 32 != 0) return;
   for (RingPosition<Traits::kTaskSlots> slot;; slot.advance()) {
-    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_full[slot.stage], slot.phase); }, "moe stream: task to publish", slot.stage, 0);
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_full[slot.stage], slot.phase); },
+               "moe stream: task to publish", slot.stage, 0);
     const typename Traits::Task& task = shared.tasks[slot.stage];
     if (task.blocks == 0) return;
     const bool is_fc2 = task.is_fc2;
     const int counter = task.counter;
-    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_done[slot.stage], slot.phase); }, "moe stream: task done", counter, is_fc2);
+    spin_until([&] { return mbarrier_test_or_sleep(&shared.task_done[slot.stage], slot.phase); },
+               "moe stream: task done", counter, is_fc2);
     fence_proxy_async_all();
     add_release(is_fc2 ? args.fc2_done : &args.fc1_done[counter], 1);
     ptx::mbarrier_arrive(&shared.task_free[slot.stage]);
@@ -416,31 +450,34 @@ __device__ __forceinline__ void add_bf16x8(float (&sum)[8], const uint4& v) {
 template <class Traits>
 __device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const typename Traits::Shared& shared) {
   const int pieces = args.shape.hidden / 8, topk = args.shape.num_topk;
-  for (int i = blockIdx.x * Traits::kThreads + threadIdx.x; i < args.num_tokens * pieces; i += gridDim.x * Traits::kThreads) {
+  for (int i = blockIdx.x * Traits::kThreads + threadIdx.x; i < args.num_tokens * pieces;
+       i += gridDim.x * Traits::kThreads) {
     const int token = i / pieces, column = (i - token * pieces) * 8;
     float sum[8] = {};
 #pragma unroll 6
     for (int k = 0; k < topk; ++k) {
       const int place = shared.order[token * topk + k];
       if (place != 0xff)
-        add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(args.slot_y + static_cast<int64_t>(token * topk + place) * args.shape.hidden + column)));
+        add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(
+                            args.slot_y + static_cast<int64_t>(token * topk + place) * args.shape.hidden + column)));
     }
     const int64_t at = static_cast<int64_t>(token) * args.shape.hidden + column;
     if (args.shared_y) add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(args.shared_y + at)));
     uint32_t out[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) out[j] = encode_bf16(sum[2 * j]).bits | uint32_t(encode_bf16(sum[2 * j + 1]).bits) << 16;
+    for (int j = 0; j < 4; ++j)
+      out[j] = encode_bf16(sum[2 * j]).bits | uint32_t(encode_bf16(sum[2 * j + 1]).bits) << 16;
     *reinterpret_cast<uint4*>(args.y + at) = make_uint4(out[0], out[1], out[2], out[3]);
   }
 }
 
 #ifdef DSV4_MOE_TRACE  // nanosecond stamps [ctas, 8] for docs/kernels/moe_sm90.md
 static __device__ unsigned long long moe_trace[256 * 8];
-#define DSV4_MOE_STAMP(i)                                                                \
-  do {                                                                                   \
-    unsigned long long now;                                                              \
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));                              \
-    moe_trace[blockIdx.x * 8 + (i)] = now;                                               \
+#define DSV4_MOE_STAMP(i)                                   \
+  do {                                                      \
+    unsigned long long now;                                 \
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)); \
+    moe_trace[blockIdx.x * 8 + (i)] = now;                  \
   } while (false)
 #else
 #define DSV4_MOE_STAMP(i)
@@ -471,7 +508,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   if (threadIdx.x == 0) DSV4_MOE_STAMP(1);
   uint32_t ticket = 0;
   if (threadIdx.x == 32 * Traits::kMathWarps) ticket = atomicAdd(args.ticket, 1);
-  for (int i = threadIdx.x; i < Traits::kRowPitch / 4; i += Traits::kThreads) reinterpret_cast<uint32_t*>(shared.zero_row)[i] = 0;
+  for (int i = threadIdx.x; i < Traits::kRowPitch / 4; i += Traits::kThreads)
+    reinterpret_cast<uint32_t*>(shared.zero_row)[i] = 0;
   stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
   fence_proxy_async_all();  // the ring was scratch until here
   __syncthreads();
@@ -483,14 +521,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
     stream_math<Traits>(args, shared, ring);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kServiceRegisters));
-    if (warp == Traits::kMathWarps) stream_produce<Traits>(args, shared, ring, static_cast<int>(__shfl_sync(0xffffffffu, ticket, 0)));
+    if (warp == Traits::kMathWarps)
+      stream_produce<Traits>(args, shared, ring, static_cast<int>(__shfl_sync(0xffffffffu, ticket, 0)));
     if (warp == Traits::kMathWarps + 1) stream_publish<Traits>(args, shared);
   }
 
   if (threadIdx.x == 0) {
     DSV4_MOE_STAMP(3);
-    const uint32_t tasks = (shared.num_chunks + stream_shared_chunks<Traits>(args)) * Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
-    spin_until([&] { return load_acquire(args.fc2_done) >= tasks; }, "moe stream: all slot outputs", static_cast<int>(tasks), 0);
+    const uint32_t tasks = (shared.num_chunks + stream_shared_chunks<Traits>(args)) *
+                           Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
+    spin_until([&] { return load_acquire(args.fc2_done) >= tasks; }, "moe stream: all slot outputs",
+               static_cast<int>(tasks), 0);
     DSV4_MOE_STAMP(4);
   }
   __syncthreads();
@@ -502,7 +543,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   if (threadIdx.x == 0) shared.exit_flag = add_acq_rel(args.exited, 1);
   __syncthreads();
   if (shared.exit_flag != gridDim.x - 1) return;
-  for (int i = threadIdx.x; i < shared.num_chunks + stream_shared_chunks<Traits>(args); i += Traits::kThreads) args.fc1_done[i] = 0;
+  for (int i = threadIdx.x; i < shared.num_chunks + stream_shared_chunks<Traits>(args); i += Traits::kThreads)
+    args.fc1_done[i] = 0;
   if (threadIdx.x == 0) *args.fc2_done = 0, *args.ticket = 0, *args.exited = 0;
 }
 

@@ -60,10 +60,12 @@ static_assert(sizeof(TiledShared) <= kHeaderBytes);
 template <TileList kList_>
 struct TiledTraits {
   static constexpr TileList kList = kList_;
-  static constexpr int kMaxRows = kList == TileList::kLarge ? kTileRows : kList == TileList::kSmall ? kSmallTileRows : kTinyTileRows;
-  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;         // K256, K128
-  static constexpr int kGroupStrips = kList == TileList::kSmall ? 2 : 1;        // of a warpgroup
-  static constexpr int kStrips = kMathWarpgroups * kGroupStrips;                // of a task
+  static constexpr int kMaxRows = kList == TileList::kLarge   ? kTileRows
+                                  : kList == TileList::kSmall ? kSmallTileRows
+                                                              : kTinyTileRows;
+  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;   // K256, K128
+  static constexpr int kGroupStrips = kList == TileList::kSmall ? 2 : 1;  // of a warpgroup
+  static constexpr int kStrips = kMathWarpgroups * kGroupStrips;          // of a task
   static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kWeightBytes = kStrips * kStripStageBytes;
   static constexpr int kBlockPitch = kMaxRows * 128;  // from the rows of one block to those of the next
@@ -100,9 +102,12 @@ __device__ __forceinline__ V uniform(V v) {
 
 template <class T>
 __device__ __forceinline__ auto& tiled_control(TiledShared& shared) {
-  if constexpr (T::kList == TileList::kLarge) return shared.large;
-  else if constexpr (T::kList == TileList::kSmall) return shared.small;
-  else return shared.tiny;
+  if constexpr (T::kList == TileList::kLarge)
+    return shared.large;
+  else if constexpr (T::kList == TileList::kSmall)
+    return shared.small;
+  else
+    return shared.tiny;
 }
 template <class T>
 __device__ __forceinline__ uint8_t* tiled_rows(TiledShared& shared, int stage) {
@@ -154,7 +159,8 @@ __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, Til
   auto& control = tiled_control<T>(shared);
   for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
     if (turn != self) continue;
-    spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for weights", task.tile, block);
+    spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); },
+               "moe tiled: stage for weights", task.tile, block);
     if (ptx::elect_one()) {
       uint64_t* full = &control.full[at.stage];
       ptx::mbarrier_arrive_expect_tx(full, T::kStripStageBytes * strips);
@@ -182,7 +188,8 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, TiledSh
   constexpr int kList = static_cast<int>(T::kList);
   const MoeTile* list = args.routing.tiles + kList * args.routing.max_tiles;
   const int tiles = args.routing.num_tiles[kList];
-  const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1, tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
+  const int tasks1 = phase == TiledPhase::kFc2 ? 0 : tiles * blocks1,
+            tasks = tasks1 + (phase == TiledPhase::kFc1 ? 0 : tiles * blocks2);
   uint32_t* ticket = &args.routing.ticket[kList * 2 + (phase == TiledPhase::kFc2 ? 1 : 0)];
   auto& control = tiled_control<T>(shared);
   TiledRing<kTaskRing> task_at;
@@ -202,7 +209,8 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, TiledSh
       const MoeTile tile = list[task.tile];
       task.expert = tile.expert, task.first_row = tile.first_row, task.rows = tile.rows, task.padded = tile.padded;
     }
-    spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[task_at.stage], task_at.phase ^ 1); }, "moe tiled: task slot", v, 0);
+    spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[task_at.stage], task_at.phase ^ 1); },
+               "moe tiled: task slot", v, 0);
     if (lane == 0) {
       control.task[task_at.stage] = task;
       ptx::mbarrier_arrive(&control.task_full[task_at.stage]);
@@ -219,8 +227,10 @@ __device__ __forceinline__ void tiled_schedule(const MoeTiledArgs& args, TiledSh
 // for the same; it lets racecheck see that the readers of what is overwritten next are done (a stage's readers arrive by lane 0 alone).
 template <class Control>
 __device__ __forceinline__ void tiled_follow(Control& control, const TiledRing<kTaskRing>& at, int role) {
-  spin_until([&] { return mbarrier_try_wait_long(&control.task_full[at.stage], at.phase); }, "moe tiled: a task", role, 0);
-  spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[at.stage], at.phase ^ 1); }, "moe tiled: the task before", role, 0);
+  spin_until([&] { return mbarrier_try_wait_long(&control.task_full[at.stage], at.phase); }, "moe tiled: a task", role,
+             0);
+  spin_until([&] { return mbarrier_try_wait_long(&control.task_empty[at.stage], at.phase ^ 1); },
+             "moe tiled: the task before", role, 0);
 }
 
 // The other weight loaders follow the tasks.
@@ -244,7 +254,8 @@ __device__ __forceinline__ void tiled_load_weights(const MoeTiledArgs& args, Til
 
 // Loader 0 also brings what the epilogue wants to know of the task's rows.
 template <class T>
-__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase, int self) {
+__device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase,
+                                                int self) {
   const int lane = threadIdx.x % 32;
   auto& control = tiled_control<T>(shared);
   TiledRing<kTaskRing> task_at;
@@ -256,16 +267,19 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledS
     const TiledTask task = control.task[task_at.stage];
     if (task.tile < 0) return;
     if (task.is_fc2 && phase == TiledPhase::kBoth) {
-      spin_until([&] { return load_acquire(&tiled_done<T>(args, task)) >= strips1; }, "moe tiled: h of a tile", task.tile, strips1);
+      spin_until([&] { return load_acquire(&tiled_done<T>(args, task)) >= strips1; }, "moe tiled: h of a tile",
+                 task.tile, strips1);
       fence_proxy_async_all();
     }
     const int blocks = uniform(tiled_work<T>(args, task).blocks);
     const bf16* operand = task.is_fc2 ? args.h_rows : args.x_rows;
-    const uint64_t source = uniform(reinterpret_cast<uint64_t>(operand) + static_cast<uint64_t>(task.first_row) * blocks * 128);
+    const uint64_t source =
+        uniform(reinterpret_cast<uint64_t>(operand) + static_cast<uint64_t>(task.first_row) * blocks * 128);
     const uint32_t bytes = uniform(task.padded * 128);  // of one block
     for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
       if (turn != self) continue;
-      spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); }, "moe tiled: stage for rows", task.tile, block);
+      spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); },
+                 "moe tiled: stage for rows", task.tile, block);
       if (ptx::elect_one()) {
         uint64_t* full = &control.full[at.stage];
         ptx::mbarrier_arrive_expect_tx(full, T::kStageBlocks * bytes);
@@ -281,7 +295,8 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledS
       for (int row = lane; row < task.padded; row += 32) {
         const int slot = row < task.rows ? args.routing.row_slot[task.first_row + row] : -1;
         control.slot[task_at.stage][row] = slot;
-        control.rho[task_at.stage][row] = slot >= 0 ? args.topk_weights[slot] : 0.0f;  // padding: rows of whatever memory held
+        control.rho[task_at.stage][row] =
+            slot >= 0 ? args.topk_weights[slot] : 0.0f;  // padding: rows of whatever memory held
       }
       if (lane < 3) control.alpha[task_at.stage][lane] = args.experts.alpha[task.expert * 3 + lane] * kMoeAlphaScale;
       ptx::mbarrier_arrive(&control.meta_full[task_at.stage]);
@@ -294,12 +309,14 @@ __device__ __forceinline__ void tiled_load_rows(const MoeTiledArgs& args, TiledS
 
 // fc1: two gate/up values per token pair -> h in operand order, or (a4) binary32.
 template <int kN>
-__device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, const float* rho, const float* alpha,
-                                                 int strip, const float (&sum)[kN / 2], int warp, int lane) {
+__device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, const float* rho,
+                                                 const float* alpha, int strip, const float (&sum)[kN / 2], int warp,
+                                                 int lane) {
   const int g = lane >> 2, t = lane & 3;
   const float alpha_gate = alpha[0], alpha_up = alpha[1];
   const int chunk = (strip & 1) * 4 + warp;
-  uint8_t* target = reinterpret_cast<uint8_t*>(args.h_rows) + static_cast<int64_t>(task.first_row) * args.shape.inter * 2 +
+  uint8_t* target = reinterpret_cast<uint8_t*>(args.h_rows) +
+                    static_cast<int64_t>(task.first_row) * args.shape.inter * 2 +
                     static_cast<int64_t>(strip >> 1) * task.padded * 128 + g * 128 + ((chunk ^ g) << 4) + t * 4;
 #pragma unroll
   for (int tile = 0; tile < kN / 8; ++tile) {
@@ -315,7 +332,8 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
         gate_alpha = alpha_gate * global, up_alpha = alpha_up * global;
       }
       const uint32_t rounded = pack_bf16(sum[tile * 4 + i] * gate_alpha, sum[tile * 4 + 2 + i] * up_alpha);
-      h[i] = swiglu_device_unlimited(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u), rho[row], args.swiglu_limit);
+      h[i] = swiglu_device_unlimited(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u), rho[row],
+                                     args.swiglu_limit);
       if (args.h_wide && row < task.rows)
         args.h_wide[static_cast<int64_t>(task.first_row + row) * args.shape.inter + moe_fc1_row(strip, warp, g)] = h[i];
     }
@@ -324,8 +342,9 @@ __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const
 }
 
 template <int kN>
-__device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const TiledTask& task, const int32_t* slots, float alpha,
-                                                 int strip, const float (&sum)[kN / 2], int warp, int lane) {
+__device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const TiledTask& task, const int32_t* slots,
+                                                 float alpha, int strip, const float (&sum)[kN / 2], int warp,
+                                                 int lane) {
   const int g = lane >> 2, t = lane & 3;
   bf16* target = args.slot_y + strip * 64 + warp * 16 + 4 * t;
 #pragma unroll
@@ -341,8 +360,7 @@ __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const
     const uint32_t high = transpose_8x8(pack_bf16(sum[tile * 4 + 2] * scale[0], sum[tile * 4 + 3] * scale[1]));
     const int row = tile * 8 + g;
     if (row < task.rows)
-      *reinterpret_cast<uint2*>(target + static_cast<int64_t>(slots[row]) * args.shape.hidden) =
-          make_uint2(low, high);
+      *reinterpret_cast<uint2*>(target + static_cast<int64_t>(slots[row]) * args.shape.hidden) = make_uint2(low, high);
   }
 }
 
@@ -370,12 +388,18 @@ __device__ __forceinline__ void static_for(const F& f) {
 // Sums of 64 weight rows a strip times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
 __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
-                                                 TiledRing<T::kStages>& at, float (&sum)[T::kGroupStrips][kN / 2], int group, int thread) {
-  constexpr int kBlocks = T::kStageBlocks * T::kGroupStrips;  // of this warpgroup in a stage: strips of one column after another
-  constexpr bool kEarly = kN <= kSmallTileRows;  // the next stage's first codes are fetched while products run: wider instances lack registers
+                                                 TiledRing<T::kStages>& at, float (&sum)[T::kGroupStrips][kN / 2],
+                                                 int group, int thread) {
+  constexpr int kBlocks =
+      T::kStageBlocks * T::kGroupStrips;  // of this warpgroup in a stage: strips of one column after another
+  constexpr bool kEarly =
+      kN <=
+      kSmallTileRows;  // the next stage's first codes are fetched while products run: wider instances lack registers
   const int lane = thread % 32;
-  const uint32_t base = ptx::smem_address(&shared), weights = base + T::kWeightsAt + group * T::kGroupStrips * T::kStripStageBytes;
-  const uint32_t codes_at = opaque(weights + thread * 16), scales_at = opaque(weights + kMoeBlockCodeBytes + thread * 2);
+  const uint32_t base = ptx::smem_address(&shared),
+                 weights = base + T::kWeightsAt + group * T::kGroupStrips * T::kStripStageBytes;
+  const uint32_t codes_at = opaque(weights + thread * 16),
+                 scales_at = opaque(weights + kMoeBlockCodeBytes + thread * 2);
   const uint32_t rows = opaque(wgmma_descriptor_low(base + kHeaderBytes));
   const uint32_t control = opaque(ptx::smem_address(&tiled_control<T>(shared)));
   using Control = std::remove_reference_t<decltype(tiled_control<T>(shared))>;
@@ -386,7 +410,8 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
   int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
   uint32_t stage_codes, stage_scales;
   const auto begin_stage = [&] {
-    spin_until([&] { return mbarrier_try_wait_long(control + offsetof(Control, full) + stage * 8, phase); }, "moe tiled: stage filled", left, stage);
+    spin_until([&] { return mbarrier_try_wait_long(control + offsetof(Control, full) + stage * 8, phase); },
+               "moe tiled: stage filled", left, stage);
     stage_codes = codes_at + stage * T::kWeightBytes, stage_scales = scales_at + stage * T::kWeightBytes;
     fetch_codes<0>(codes[0], stage_codes, stage_scales);
   };
@@ -399,7 +424,8 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
     static_for<kBlocks>([&](auto index) {
       constexpr int i = decltype(index)::value, strip = i % T::kGroupStrips, k = i / T::kGroupStrips;
       constexpr bool kLast = i + 1 == kBlocks;
-      constexpr int kNext = (i + 1) % T::kGroupStrips * T::kStripStageBytes + (i + 1) / T::kGroupStrips * kMoeBlockBytes;
+      constexpr int kNext =
+          (i + 1) % T::kGroupStrips * T::kStripStageBytes + (i + 1) / T::kGroupStrips * kMoeBlockBytes;
       if constexpr (kEarly && !kLast) fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
       const TiledCodes& c = codes[i % 2];
       const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
@@ -411,7 +437,8 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
 #pragma unroll
         for (int step = 0; step < 2; ++step)
           // Adding to all 64 bits is one uniform instruction and no move; to the low half it was three.
-          Wgmma<kN>::mma(sum[strip], a[half][step], wgmma_descriptor_of(first) + (k * (T::kBlockPitch / 16) + (half * 2 + step) * 2));
+          Wgmma<kN>::mma(sum[strip], a[half][step],
+                         wgmma_descriptor_of(first) + (k * (T::kBlockPitch / 16) + (half * 2 + step) * 2));
         wgmma_commit();
       }
       if constexpr (kLast) {
@@ -420,7 +447,8 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
       } else if constexpr (!kEarly) {
         fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
       }
-      wgmma_wait<0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
+      wgmma_wait<
+          0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
     });
     __syncwarp();
     if (lane == 0) mbarrier_arrive_at(empty);
@@ -432,17 +460,22 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
 // no warp waits for another.
 template <class T, int kN>
 __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
-                                               TiledRing<T::kStages>& at, float (&sum)[1][kN / 2], int group, int thread) {
+                                               TiledRing<T::kStages>& at, float (&sum)[1][kN / 2], int group,
+                                               int thread) {
   const int lane = thread % 32;
   const uint32_t weights = ptx::smem_address(tiled_weights<T>(shared, 0)) + group * T::kStripStageBytes;
   const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
-  const uint32_t rows_at = ptx::smem_address(tiled_rows<T>(shared, 0)) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
+  const uint32_t rows_at =
+      ptx::smem_address(tiled_rows<T>(shared, 0)) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
   auto& control = tiled_control<T>(shared);
 #pragma unroll 1
-  for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0; left -= T::kStageBlocks) {
-    const uint32_t stage_codes = codes_at + at.stage * T::kWeightBytes, stage_scales = scales_at + at.stage * T::kWeightBytes;
+  for (int left = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols; left > 0;
+       left -= T::kStageBlocks) {
+    const uint32_t stage_codes = codes_at + at.stage * T::kWeightBytes,
+                   stage_scales = scales_at + at.stage * T::kWeightBytes;
     const uint32_t rows = rows_at + at.stage * T::kRowBytes, far_rows = rows ^ 64;
-    spin_until([&] { return mbarrier_try_wait_long(&control.full[at.stage], at.phase); }, "moe tiled: stage filled", left, at.stage);
+    spin_until([&] { return mbarrier_try_wait_long(&control.full[at.stage], at.phase); }, "moe tiled: stage filled",
+               left, at.stage);
     TiledCodes codes[2];
     uint32_t b[2][kN / 8][8];
     const auto fetch = [&](auto index) {
@@ -468,7 +501,8 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledSh
         for (int step = 0; step < 2; ++step)
 #pragma unroll
           for (int tile = 0; tile < kN / 8; ++tile)
-            mma_bf16(&sum[0][tile * 4], a[step], b[k % 2][tile][half * 4 + step * 2], b[k % 2][tile][half * 4 + step * 2 + 1]);
+            mma_bf16(&sum[0][tile * 4], a[step], b[k % 2][tile][half * 4 + step * 2],
+                     b[k % 2][tile][half * 4 + step * 2 + 1]);
       }
     });
     __syncwarp();
@@ -496,8 +530,10 @@ __device__ __forceinline__ void tiled_task(const MoeTiledArgs& args, TiledShared
   auto& control = tiled_control<T>(shared);
   const int slot = task.slot;
   const uint32_t phase = task.phase;
-  spin_until([&] { return mbarrier_try_wait_long(&control.meta_full[slot], phase); }, "moe tiled: rows of a task", task.tile, 0);
-  const int first = group * T::kGroupStrips, strips = min(T::kGroupStrips, work.num_strips - first);  // none, where the matrix ends before
+  spin_until([&] { return mbarrier_try_wait_long(&control.meta_full[slot], phase); }, "moe tiled: rows of a task",
+             task.tile, 0);
+  const int first = group * T::kGroupStrips,
+            strips = min(T::kGroupStrips, work.num_strips - first);  // none, where the matrix ends before
 #pragma unroll
   for (int s = 0; s < T::kGroupStrips; ++s) {
     if (s >= strips) break;
@@ -566,7 +602,7 @@ template <class T>
 __device__ __forceinline__ void tiled_init(TiledShared& shared) {
   auto& control = tiled_control<T>(shared);
   for (int i = 0; i < T::kStages; ++i) {
-    ptx::mbarrier_init(&control.full[i], 2);                    // weights and rows
+    ptx::mbarrier_init(&control.full[i], 2);                     // weights and rows
     ptx::mbarrier_init(&control.empty[i], 4 * kMathWarpgroups);  // math warps
   }
   for (int i = 0; i < kTaskRing; ++i) {
@@ -577,7 +613,8 @@ __device__ __forceinline__ void tiled_init(TiledShared& shared) {
 }
 
 template <TileList kList>
-__device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase, int loader) {
+__device__ __forceinline__ void tiled_load(const MoeTiledArgs& args, TiledShared& shared, TiledPhase phase,
+                                           int loader) {
   using T = TiledTraits<kList>;
   if (!tiled_begin<T>(args)) return;
   if (loader >= kLoaders)
@@ -593,7 +630,8 @@ __device__ __forceinline__ void tiled_compute(const MoeTiledArgs& args, TiledSha
   if (tiled_begin<T>(args)) tiled_math<T>(args, shared);
 }
 
-static __global__ void __launch_bounds__(kTiledThreads, 1) moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
+static __global__ void __launch_bounds__(kTiledThreads, 1)
+    moe_tiled_kernel(const __grid_constant__ MoeTiledArgs args, TiledPhase phase) {
   // No arithmetic on the base: the compiler would lose sight of its address space and use generic loads. There is no static
   // shared memory, so it stands at 1 KiB (what the system reserves); wgmma needs the alignment.
   extern __shared__ __align__(1024) uint8_t raw[];

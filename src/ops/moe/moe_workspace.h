@@ -13,10 +13,11 @@ struct MoeWorkspace {
   // ring and streaming tier; zero before the first call (init_moe_workspace), left zero by every call
   int64_t fc1_done = 0, fc2_done = 0, exited = 0, ticket_stream = 0, counter_bytes = 0;
   // scratch
-  int64_t h = 0, slot_y = 0;                                            // all tiers
-  int64_t tiles = 0, num_tiles = 0, expert_rows = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0, x_rows = 0;  // tiled
-  int64_t h_wide = 0, x_global = 0, h_global = 0;                       // tiled, a4
-  int64_t shared_h = 0, shared_y = 0;                                   // shared expert
+  int64_t h = 0, slot_y = 0;  // all tiers
+  int64_t tiles = 0, num_tiles = 0, expert_rows = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0,
+          x_rows = 0;                              // tiled
+  int64_t h_wide = 0, x_global = 0, h_global = 0;  // tiled, a4
+  int64_t shared_h = 0, shared_y = 0;              // shared expert
   int64_t bytes = 0;
 };
 

@@ -17,7 +17,7 @@ struct RmsNormArgs {
   int64_t x_stride;
   int64_t y_stride;
   float eps;
-  bool round_output;    // to bf16
+  bool round_output;  // to bf16
 };
 
 void rms_norm(const RmsNormArgs& args, const CpuContext& context);

@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
       at = row * shape.vecs_per_row + vec;
     }
     codes[i] = __ldg(reinterpret_cast<const Codes*>(args.codes) + at);
-    const int64_t sf_at = args.sf_layout == SfLayout::kLinear ? at / kLanesPerGroup
-                                                              : sf_offset_128x4(row, vec / kLanesPerGroup, shape.vecs_per_row / kLanesPerGroup);
+    const int64_t sf_at = args.sf_layout == SfLayout::kLinear
+                              ? at / kLanesPerGroup
+                              : sf_offset_128x4(row, vec / kLanesPerGroup, shape.vecs_per_row / kLanesPerGroup);
     sfs[i] = __ldg(args.sf + sf_at) & 0x7fu;
     if (args.global_mode == GlobalMode::kPerRow) globals[i] = args.global[row];
   }
@@ -74,13 +75,16 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
       decode_nvfp4x16(codes[i], sfs[i], out);
       if (args.global_mode != GlobalMode::kOne)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) out[j] = ptx::cvt_bf16x2(ptx::low_bf16(out[j]) * globals[i], ptx::high_bf16(out[j]) * globals[i]);
+        for (int j = 0; j < 8; ++j)
+          out[j] = ptx::cvt_bf16x2(ptx::low_bf16(out[j]) * globals[i], ptx::high_bf16(out[j]) * globals[i]);
     }
-    store_pieces<2>(args.y, 2 * int64_t{v}, v < shape.num_vecs, {out[0], out[1], out[2], out[3]}, {out[4], out[5], out[6], out[7]});
+    store_pieces<2>(args.y, 2 * int64_t{v}, v < shape.num_vecs, {out[0], out[1], out[2], out[3]},
+                    {out[4], out[5], out[6], out[7]});
   }
 }
 
-__global__ void __launch_bounds__(kThreads) fp8_block_kernel(const DequantizeFp8BlockArgs args, const Shape shape, uint32_t blocks_per_row) {
+__global__ void __launch_bounds__(kThreads)
+    fp8_block_kernel(const DequantizeFp8BlockArgs args, const Shape shape, uint32_t blocks_per_row) {
   constexpr int kVecs = 4;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
@@ -106,8 +110,9 @@ __global__ void __launch_bounds__(kThreads) fp8_block_kernel(const DequantizeFp8
 
 Shape make_shape(const char* op, int64_t num_rows, int64_t cols, int vec_elems) {
   DSV4_GPU_REQUIRE(op, cols > 0 && cols % kNvfp4GroupSize == 0, "cols = %lld", static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / vec_elems) < (int64_t{1} << 31) - 4096, "rows = %lld, cols = %lld: 2^31 vectors at most",
-                   static_cast<long long>(num_rows), static_cast<long long>(cols));
+  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / vec_elems) < (int64_t{1} << 31) - 4096,
+                   "rows = %lld, cols = %lld: 2^31 vectors at most", static_cast<long long>(num_rows),
+                   static_cast<long long>(cols));
   Shape shape{};
   shape.vecs_per_row = static_cast<uint32_t>(cols / vec_elems);
   shape.num_vecs = static_cast<uint32_t>(num_rows) * shape.vecs_per_row;
@@ -119,8 +124,10 @@ template <bool kF32>
 void launch_dequantize(const DequantizeArgs& args, const Shape& shape, const GpuContext& context) {
   const bool small = shape.num_vecs < static_cast<uint32_t>(context.num_sms) * kThreads * kUnroll;
   const uint32_t per_cta = kThreads * (small ? 1 : kUnroll);
-  const gpu::LaunchConfig config{
-      .grid = (shape.num_vecs + per_cta - 1) / per_cta, .block = kThreads, .stream = context.stream, .dependent = context.dependent};
+  const gpu::LaunchConfig config{.grid = (shape.num_vecs + per_cta - 1) / per_cta,
+                                 .block = kThreads,
+                                 .stream = context.stream,
+                                 .dependent = context.dependent};
   gpu::launch(small ? dequantize_kernel<kF32, 1> : dequantize_kernel<kF32, kUnroll>, config, args, shape);
 }
 
@@ -130,8 +137,8 @@ void dequantize_rows(const DequantizeArgs& args, const GpuContext& context) {
   constexpr const char* kOp = "dequantize_rows";
   DSV4_GPU_REQUIRE(kOp, args.cols % kNvfp4GroupSize == 0, "cols = %lld", static_cast<long long>(args.cols));
   const Shape shape = make_shape(kOp, args.num_out, args.cols, args.y_is_f32 ? 8 : 16);
-  DSV4_GPU_REQUIRE(kOp, args.rows || args.num_out == args.num_rows, "num_out = %lld, num_rows = %lld", static_cast<long long>(args.num_out),
-                   static_cast<long long>(args.num_rows));
+  DSV4_GPU_REQUIRE(kOp, args.rows || args.num_out == args.num_rows, "num_out = %lld, num_rows = %lld",
+                   static_cast<long long>(args.num_out), static_cast<long long>(args.num_rows));
   DSV4_GPU_REQUIRE(kOp, args.global_mode != GlobalMode::kComputeRow, "kComputeRow is for encoding");
   if (args.num_out == 0) return;
   if (args.y_is_f32)
@@ -143,8 +150,10 @@ void dequantize_rows(const DequantizeArgs& args, const GpuContext& context) {
 void dequantize_fp8_blocks(const DequantizeFp8BlockArgs& args, const GpuContext& context) {
   const Shape shape = make_shape("dequantize_fp8_blocks", args.num_rows, args.cols, 8);
   if (args.num_rows == 0) return;
-  const gpu::LaunchConfig config{
-      .grid = (shape.num_vecs + 4 * kThreads - 1) / (4 * kThreads), .block = kThreads, .stream = context.stream, .dependent = context.dependent};
+  const gpu::LaunchConfig config{.grid = (shape.num_vecs + 4 * kThreads - 1) / (4 * kThreads),
+                                 .block = kThreads,
+                                 .stream = context.stream,
+                                 .dependent = context.dependent};
   gpu::launch(fp8_block_kernel, config, args, shape, static_cast<uint32_t>((args.cols + 127) / 128));
 }
 

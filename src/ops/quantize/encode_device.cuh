@@ -63,8 +63,10 @@ __device__ __forceinline__ uint32_t encode_small_e2m1x8(const float* x, float mu
     const uint32_t magnitudes = ptx::permute_bytes(low, high, 0x5410);
     // Sign bits: the top byte of every value, even ones four bits down.
     const auto top = [&](int i) { return __float_as_uint(x[i]); };
-    const uint32_t even_signs = ptx::permute_bytes(ptx::permute_bytes(top(0), top(2), 0x0073), ptx::permute_bytes(top(4), top(6), 0x0073), 0x5410);
-    const uint32_t odd_signs = ptx::permute_bytes(ptx::permute_bytes(top(1), top(3), 0x0073), ptx::permute_bytes(top(5), top(7), 0x0073), 0x5410);
+    const uint32_t even_signs = ptx::permute_bytes(ptx::permute_bytes(top(0), top(2), 0x0073),
+                                                   ptx::permute_bytes(top(4), top(6), 0x0073), 0x5410);
+    const uint32_t odd_signs = ptx::permute_bytes(ptx::permute_bytes(top(1), top(3), 0x0073),
+                                                  ptx::permute_bytes(top(5), top(7), 0x0073), 0x5410);
     return (magnitudes & 0x77777777u) | (odd_signs & 0x80808080u) | ((even_signs >> 4) & 0x08080808u);
   }
 }
@@ -80,7 +82,8 @@ __device__ __forceinline__ uint32_t encode_any_e2m1x8(const float* x, float mult
 
 // x[0..15] * multiplier -> 16 nibbles; amax: largest |x|, NaN ignored; has_nan: x holds one.
 __device__ __forceinline__ uint2 encode_e2m1x16(const float (&x)[16], float multiplier, float amax, bool has_nan) {
-  if (!has_nan && __fmul_rn(amax, multiplier) < 7.0f) return {encode_small_e2m1x8(x, multiplier), encode_small_e2m1x8(x + 8, multiplier)};
+  if (!has_nan && __fmul_rn(amax, multiplier) < 7.0f)
+    return {encode_small_e2m1x8(x, multiplier), encode_small_e2m1x8(x + 8, multiplier)};
   return {encode_any_e2m1x8(x, multiplier), encode_any_e2m1x8(x + 8, multiplier)};
 }
 
@@ -108,7 +111,8 @@ struct Nvfp4GroupScale {
 __device__ __forceinline__ Nvfp4GroupScale nvfp4_group_scale(float amax16, float global, float rcp6) {
   Nvfp4GroupScale scale;
   scale.sf = encode_ue4m3_device(__fmul_rn(amax16, rcp6));
-  const float divisor = __fmul_rn(scale.sf == 0x7f ? __uint_as_float(0x7fc00000u) : decode_ue4m3_device(scale.sf), global);
+  const float divisor =
+      __fmul_rn(scale.sf == 0x7f ? __uint_as_float(0x7fc00000u) : decode_ue4m3_device(scale.sf), global);
   scale.multiplier = scale.sf == 0 ? 0.0f : __frcp_rn(divisor);
   return scale;
 }

@@ -14,7 +14,8 @@ struct InverseRopeSource {
   uint32_t num_pairs;
   bool groups_by_rotation;
   gpu::FastDiv by_tokens;
-  gpu::FastDiv by_plain_vecs, by_other_vecs;  // staged: vectors of a head worked on first (none of them rotated), and the others
+  gpu::FastDiv by_plain_vecs,
+      by_other_vecs;  // staged: vectors of a head worked on first (none of them rotated), and the others
 
   static constexpr SourceTraits kTraits{.has_rows = true, .ring_stream = true, .ring_rows = true, .settles = true};
   struct Raw {
@@ -26,7 +27,9 @@ struct InverseRopeSource {
     return thread < 192 ? thread / 24 * 32 + thread % 24 : (thread - 192) / 8 * 32 + 24 + thread % 8;
   }
   __device__ __forceinline__ bool rotated(uint32_t vec) const { return (vec & (head_vecs - 1)) >= first_rope_vec; }
-  __device__ __forceinline__ uint32_t token_of(uint32_t row) const { return row - by_tokens.quotient(row) * num_tokens; }
+  __device__ __forceinline__ uint32_t token_of(uint32_t row) const {
+    return row - by_tokens.quotient(row) * num_tokens;
+  }
   __device__ __forceinline__ const uint4* at(uint32_t row, uint32_t vec) const {
     const uint32_t group = by_tokens.quotient(row), token = row - group * num_tokens;
     return reinterpret_cast<const uint4*>(x) + 2 * (int64_t{token} * token_vecs + group * group_vecs + vec);
@@ -60,7 +63,9 @@ struct InverseRopeSource {
   }
 
   // Staged: vectors, then the token's cosines and sines. The rotated vectors come last, so that most rounds of a warp have none.
-  __host__ bool stageable() const { return by_plain_vecs.divisor < head_vecs && first_rope_vec >= 8 && reinterpret_cast<uintptr_t>(cos_sin) % 16 == 0; }
+  __host__ bool stageable() const {
+    return by_plain_vecs.divisor < head_vecs && first_rope_vec >= 8 && reinterpret_cast<uintptr_t>(cos_sin) % 16 == 0;
+  }
   __host__ uint32_t extra_bytes(uint32_t) const { return num_pairs * 8; }
   __device__ __forceinline__ int32_t ahead(uint32_t row) const { return positions[token_of(row)]; }
   __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t count) const {
@@ -68,12 +73,16 @@ struct InverseRopeSource {
     if (i < in_front) return i + by_plain_vecs.quotient(i) * by_other_vecs.divisor;
     return i - in_front + (by_other_vecs.quotient(i - in_front) + 1) * by_plain_vecs.divisor;
   }
-  __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t position) const {
+  __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec,
+                                        uint32_t count, int32_t position) const {
     ptx::mbarrier_arrive_expect_tx(barrier, count * kTraits.vec_bytes + num_pairs * 8);
     ptx::bulk_load(stage, at(row, first_vec), count * kTraits.vec_bytes, barrier);
-    ptx::bulk_load(stage + count * kTraits.vec_bytes, cos_sin + int64_t{position} * (2 * num_pairs), num_pairs * 8, barrier);
+    ptx::bulk_load(stage + count * kTraits.vec_bytes, cos_sin + int64_t{position} * (2 * num_pairs), num_pairs * 8,
+                   barrier);
   }
-  __device__ __forceinline__ void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const { ptx::bulk_prefetch_l2(at(row, first_vec), count * kTraits.vec_bytes); }
+  __device__ __forceinline__ void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const {
+    ptx::bulk_prefetch_l2(at(row, first_vec), count * kTraits.vec_bytes);
+  }
   __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t count, uint32_t vec, float) const {
     if (!rotated(vec)) return load_bf16_vector(stage + vec * kTraits.vec_bytes);
     const auto* from = reinterpret_cast<const uint4*>(stage + vec * kTraits.vec_bytes);
@@ -82,17 +91,20 @@ struct InverseRopeSource {
   __device__ __forceinline__ void settle(uint8_t* stage, uint32_t, uint32_t vec, const Vector16& v) const {
     if (rotated(vec)) store_bf16_vector(stage + vec * kTraits.vec_bytes, v);
   }
-  __device__ __forceinline__ Vector16 settled(const uint8_t* stage, uint32_t, uint32_t vec) const { return load_bf16_vector(stage + vec * kTraits.vec_bytes); }
+  __device__ __forceinline__ Vector16 settled(const uint8_t* stage, uint32_t, uint32_t vec) const {
+    return load_bf16_vector(stage + vec * kTraits.vec_bytes);
+  }
 };
 
 }  // namespace
 
 void inverse_rope_quantize(const InverseRopeQuantizeArgs& args, const GpuContext& context) {
   constexpr const char* kOp = "inverse_rope_quantize";
-  DSV4_GPU_REQUIRE(kOp, args.head_dim % 16 == 0 && (args.head_dim & (args.head_dim - 1)) == 0, "head_dim = %d is not a power of two", args.head_dim);
+  DSV4_GPU_REQUIRE(kOp, args.head_dim % 16 == 0 && (args.head_dim & (args.head_dim - 1)) == 0,
+                   "head_dim = %d is not a power of two", args.head_dim);
   DSV4_GPU_REQUIRE(kOp, args.rope_dim % 16 == 0 && args.rope_dim <= args.head_dim, "rope_dim = %d", args.rope_dim);
-  DSV4_GPU_REQUIRE(kOp, args.heads_per_group > 0 && args.num_heads % args.heads_per_group == 0, "num_heads = %d, heads_per_group = %d", args.num_heads,
-                   args.heads_per_group);
+  DSV4_GPU_REQUIRE(kOp, args.heads_per_group > 0 && args.num_heads % args.heads_per_group == 0,
+                   "num_heads = %d, heads_per_group = %d", args.num_heads, args.heads_per_group);
   if (args.num_tokens == 0) return;
   InverseRopeSource source{};
   source.x = args.x;
@@ -106,11 +118,12 @@ void inverse_rope_quantize(const InverseRopeQuantizeArgs& args, const GpuContext
   source.num_pairs = static_cast<uint32_t>(args.rope_dim / 2);
   source.groups_by_rotation = args.head_dim == 512 && args.rope_dim <= 128 && args.heads_per_group % 8 == 0;
   source.by_tokens = gpu::FastDiv(source.num_tokens);
-  const uint32_t kept_together = args.out.format == RowFormat::kFp8 ? 8 : 2, plain = source.first_rope_vec / kept_together * kept_together;
+  const uint32_t kept_together = args.out.format == RowFormat::kFp8 ? 8 : 2,
+                 plain = source.first_rope_vec / kept_together * kept_together;
   source.by_plain_vecs = gpu::FastDiv(plain > 0 ? plain : 1);
   source.by_other_vecs = gpu::FastDiv(plain < source.head_vecs ? source.head_vecs - plain : 1);
   launch_quantize(kOp, source, args.out, RowNorm{}, args.num_tokens * (args.num_heads / args.heads_per_group),
-                     int64_t{args.heads_per_group} * args.head_dim, context);
+                  int64_t{args.heads_per_group} * args.head_dim, context);
 }
 
 }  // namespace dsv4

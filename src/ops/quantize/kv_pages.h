@@ -25,23 +25,28 @@ struct PageLayout {
 };
 
 DSV4_HD constexpr PageLayout kv_page_layout(KvFormat format) {
-  return format == KvFormat::kFp8 ? PageLayout{576, 8} : format == KvFormat::kNvfp4 ? PageLayout{352, 32} : PageLayout{1024, 0};
+  return format == KvFormat::kFp8     ? PageLayout{576, 8}
+         : format == KvFormat::kNvfp4 ? PageLayout{352, 32}
+                                      : PageLayout{1024, 0};
 }
 DSV4_HD constexpr PageLayout index_page_layout(IndexFormat format) {
-  return format == IndexFormat::kFp8 ? PageLayout{128, 4} : format == IndexFormat::kFp4 ? PageLayout{64, 4} : PageLayout{256, 0};
+  return format == IndexFormat::kFp8   ? PageLayout{128, 4}
+         : format == IndexFormat::kFp4 ? PageLayout{64, 4}
+                                       : PageLayout{256, 0};
 }
 
 struct DevicePages {
-  uint8_t* base = nullptr;   // 16-byte aligned
-  int64_t page_stride = 0;   // bytes, multiple of 16
+  uint8_t* base = nullptr;  // 16-byte aligned
+  int64_t page_stride = 0;  // bytes, multiple of 16
   int32_t rows_per_page = 1;
-  int32_t num_rows = 0;      // rows outside [0, num_rows) are never touched
+  int32_t num_rows = 0;  // rows outside [0, num_rows) are never touched
 
   DSV4_HD uint8_t* data(int32_t row, PageLayout layout) const {
     return base + row / rows_per_page * page_stride + row % rows_per_page * int64_t{layout.data_bytes};
   }
   DSV4_HD uint8_t* scales(int32_t row, PageLayout layout) const {
-    return base + row / rows_per_page * page_stride + int64_t{rows_per_page} * layout.data_bytes + row % rows_per_page * int64_t{layout.scale_bytes};
+    return base + row / rows_per_page * page_stride + int64_t{rows_per_page} * layout.data_bytes +
+           row % rows_per_page * int64_t{layout.scale_bytes};
   }
 };
 

@@ -15,7 +15,8 @@ struct RowAddress {
 __device__ __forceinline__ RowAddress row_address(const DevicePages& pages, PageLayout layout, int32_t row) {
   const int32_t page = row / pages.rows_per_page, at = row - page * pages.rows_per_page;
   uint8_t* base = pages.base + page * pages.page_stride;
-  return {base + int64_t{at} * layout.data_bytes, base + int64_t{pages.rows_per_page} * layout.data_bytes + int64_t{at} * layout.scale_bytes};
+  return {base + int64_t{at} * layout.data_bytes,
+          base + int64_t{pages.rows_per_page} * layout.data_bytes + int64_t{at} * layout.scale_bytes};
 }
 
 // Lane l holds channels 16 l .. 16 l + 15, already rounded to bf16; lanes 28..31 hold the rotated part.
@@ -75,7 +76,8 @@ __device__ __forceinline__ void write_index_key(const RowAddress& address, Index
   if (format == IndexFormat::kFp8) {
     const uint32_t scale = fp8_block_scale(amax);
     const float factor = rcp_ue8m0(scale);
-    reinterpret_cast<uint32_t*>(data)[lane] = ptx::cvt_e4m3x2(x[0] * factor, x[1] * factor) | ptx::cvt_e4m3x2(x[2] * factor, x[3] * factor) << 16;
+    reinterpret_cast<uint32_t*>(data)[lane] =
+        ptx::cvt_e4m3x2(x[0] * factor, x[1] * factor) | ptx::cvt_e4m3x2(x[2] * factor, x[3] * factor) << 16;
     if (lane == 0) *reinterpret_cast<float*>(scales) = decode_ue8m0(static_cast<uint8_t>(scale));
   } else {
     const uint8_t scale = fp4_block_scale(amax);

@@ -21,10 +21,14 @@ int64_t sf_position(const QuantizedRows& out, int64_t num_rows, int64_t row, int
 
 GlobalScale row_global(const QuantizedRows& out, const float* x, int64_t row, int64_t cols) {
   switch (out.global_mode) {
-    case GlobalMode::kOne: return {1.0f};
-    case GlobalMode::kGiven: return {out.global[0]};
-    case GlobalMode::kPerRow: return {out.global[row]};
-    case GlobalMode::kComputeRow: return nvfp4_global_scale(group_amax(x, static_cast<int>(cols)));
+    case GlobalMode::kOne:
+      return {1.0f};
+    case GlobalMode::kGiven:
+      return {out.global[0]};
+    case GlobalMode::kPerRow:
+      return {out.global[row]};
+    case GlobalMode::kComputeRow:
+      return nvfp4_global_scale(group_amax(x, static_cast<int>(cols)));
   }
   return {1.0f};
 }
@@ -53,7 +57,8 @@ void write_row(const QuantizedRows& out, const float* x, int64_t num_rows, int64
 
 // Runs make(row, x) for every row in parallel and quantises x.
 template <class Make>
-void quantize_each(const QuantizedRows& out, int64_t num_rows, int64_t cols, const CpuContext& context, const Make& make) {
+void quantize_each(const QuantizedRows& out, int64_t num_rows, int64_t cols, const CpuContext& context,
+                   const Make& make) {
   DSV4_CHECK(cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = {}", cols);
   if (out.format == RowFormat::kNvfp4 && out.sf_layout == SfLayout::k128x4)
     std::fill_n(out.sf, quantized_sf_bytes(out, num_rows, cols), uint8_t{0});
@@ -95,28 +100,30 @@ void swiglu_quantize(const SwigluQuantizeArgs& args, const CpuContext& context) 
   quantize_each(args.out, args.num_rows, args.cols, context, [&](int64_t row, float* x) {
     const float rho = args.rho ? args.rho[row] : 1.0f;
     for (int64_t c = 0; c < args.cols; ++c)
-      x[c] = swiglu(decode_bf16(args.gate[row * args.stride + c]), decode_bf16(args.up[row * args.stride + c]), rho, args.limit);
+      x[c] = swiglu(decode_bf16(args.gate[row * args.stride + c]), decode_bf16(args.up[row * args.stride + c]), rho,
+                    args.limit);
   });
 }
 
 void inverse_rope_quantize(const InverseRopeQuantizeArgs& args, const CpuContext& context) {
   const int64_t cols = int64_t{args.heads_per_group} * args.head_dim;
   const int pairs = args.rope_dim / 2;
-  quantize_each(args.out, args.num_tokens * (args.num_heads / args.heads_per_group), cols, context, [&](int64_t row, float* x) {
-    const int64_t group = row / args.num_tokens, token = row % args.num_tokens;
-    const bf16* source = args.x + token * args.num_heads * args.head_dim + group * cols;
-    const float* cos = args.cos_sin + int64_t{args.positions[token]} * args.rope_dim;
-    const float* sin = cos + pairs;
-    for (int64_t c = 0; c < cols; ++c) x[c] = decode_bf16(source[c]);
-    for (int h = 0; h < args.heads_per_group; ++h) {
-      float* rotated = x + (h + 1) * args.head_dim - args.rope_dim;
-      for (int i = 0; i < pairs; ++i) {
-        const float even = rotated[2 * i], odd = rotated[2 * i + 1];
-        rotated[2 * i] = round_bf16(even * cos[i] + odd * sin[i]);
-        rotated[2 * i + 1] = round_bf16(odd * cos[i] - even * sin[i]);
-      }
-    }
-  });
+  quantize_each(args.out, args.num_tokens * (args.num_heads / args.heads_per_group), cols, context,
+                [&](int64_t row, float* x) {
+                  const int64_t group = row / args.num_tokens, token = row % args.num_tokens;
+                  const bf16* source = args.x + token * args.num_heads * args.head_dim + group * cols;
+                  const float* cos = args.cos_sin + int64_t{args.positions[token]} * args.rope_dim;
+                  const float* sin = cos + pairs;
+                  for (int64_t c = 0; c < cols; ++c) x[c] = decode_bf16(source[c]);
+                  for (int h = 0; h < args.heads_per_group; ++h) {
+                    float* rotated = x + (h + 1) * args.head_dim - args.rope_dim;
+                    for (int i = 0; i < pairs; ++i) {
+                      const float even = rotated[2 * i], odd = rotated[2 * i + 1];
+                      rotated[2 * i] = round_bf16(even * cos[i] + odd * sin[i]);
+                      rotated[2 * i + 1] = round_bf16(odd * cos[i] - even * sin[i]);
+                    }
+                  }
+                });
 }
 
 void dequantize_rows(const DequantizeArgs& args, const CpuContext& context) {
@@ -157,7 +164,9 @@ void dequantize_fp8_blocks(const DequantizeFp8BlockArgs& args, const CpuContext&
 }
 
 OpCost quantize_cost(int64_t num_rows, int64_t cols, int input_bytes_per_element, RowFormat format) {
-  const double output = format == RowFormat::kNvfp4 ? 0.5 + 1.0 / 16 : format == RowFormat::kFp8 ? 1.0 + 1.0 / 128 : 2.0;
+  const double output = format == RowFormat::kNvfp4 ? 0.5 + 1.0 / 16
+                        : format == RowFormat::kFp8 ? 1.0 + 1.0 / 128
+                                                    : 2.0;
   const double elements = static_cast<double>(num_rows) * static_cast<double>(cols);
   return {elements * (input_bytes_per_element + output), 0};
 }

@@ -31,11 +31,11 @@ namespace dsv4 {
 
 // What a Source is, and which forms of quantize_ring are compiled for it.
 struct SourceTraits {
-  bool has_rows = false;      // vectors depend on the row beyond their address
-  int stream_ctas = 4;        // per SM, where rows are not contiguous
+  bool has_rows = false;  // vectors depend on the row beyond their address
+  int stream_ctas = 4;    // per SM, where rows are not contiguous
   bool ring_stream = false, ring_tiled = false, ring_rows = false, ring_norm = false;
-  bool settles = false;       // values cost so much that a second pass finds them in the stage
-  uint32_t vec_bytes = 32;    // of a vector's inputs
+  bool settles = false;         // values cost so much that a second pass finds them in the stage
+  uint32_t vec_bytes = 32;      // of a vector's inputs
   uint32_t ring_rows_from = 0;  // vectors per multiprocessor from which on rows that must be seen whole go to the ring
 };
 
@@ -82,7 +82,8 @@ __device__ __forceinline__ float amax_with_nan(const float (&x)[16]) {
   float largest[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    largest[j] = ptx::max_nan(ptx::max_nan(fabsf(x[4 * j]), fabsf(x[4 * j + 1])), ptx::max_nan(fabsf(x[4 * j + 2]), fabsf(x[4 * j + 3])));
+    largest[j] = ptx::max_nan(ptx::max_nan(fabsf(x[4 * j]), fabsf(x[4 * j + 1])),
+                              ptx::max_nan(fabsf(x[4 * j + 2]), fabsf(x[4 * j + 3])));
   return ptx::max_nan(ptx::max_nan(largest[0], largest[1]), ptx::max_nan(largest[2], largest[3]));
 }
 
@@ -91,8 +92,10 @@ __device__ __forceinline__ Vector16 vector_of_pairs(const uint32_t (&pairs)[8]) 
   Vector16 v;
   uint32_t largest[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) largest[j] = ptx::max_nan_bf16x2(ptx::abs_bf16x2(pairs[2 * j]), ptx::abs_bf16x2(pairs[2 * j + 1]));
-  largest[0] = ptx::max_nan_bf16x2(ptx::max_nan_bf16x2(largest[0], largest[1]), ptx::max_nan_bf16x2(largest[2], largest[3]));
+  for (int j = 0; j < 4; ++j)
+    largest[j] = ptx::max_nan_bf16x2(ptx::abs_bf16x2(pairs[2 * j]), ptx::abs_bf16x2(pairs[2 * j + 1]));
+  largest[0] =
+      ptx::max_nan_bf16x2(ptx::max_nan_bf16x2(largest[0], largest[1]), ptx::max_nan_bf16x2(largest[2], largest[3]));
   v.amax = ptx::max_nan(ptx::low_bf16(largest[0]), ptx::high_bf16(largest[0]));
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -127,7 +130,8 @@ __device__ __forceinline__ Vector16 normalized(const Vector16& v, const bf16* we
   uint32_t pairs[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j)
-    pairs[j] = ptx::cvt_bf16x2(ptx::low_bf16(weights[j]) * (v.x[2 * j] * factor), ptx::high_bf16(weights[j]) * (v.x[2 * j + 1] * factor));
+    pairs[j] = ptx::cvt_bf16x2(ptx::low_bf16(weights[j]) * (v.x[2 * j] * factor),
+                               ptx::high_bf16(weights[j]) * (v.x[2 * j + 1] * factor));
   return vector_of_pairs(pairs);
 }
 // From the row's sum of squares.
@@ -140,7 +144,8 @@ __device__ __forceinline__ float norm_factor(double sum, uint32_t vecs_per_row, 
 // kVecs vectors of this lane -> codes and scale bytes (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
 // are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again.
 template <RowFormat kFormat, int kVecs>
-__device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain, uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs]) {
+__device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain,
+                                               uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs]) {
   if constexpr (kFormat == RowFormat::kNvfp4) {
     bool ok = plain;
 #pragma unroll
@@ -181,7 +186,8 @@ __device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float
 __device__ __forceinline__ void write_bf16(const QuantizedRows& out, int64_t v, bool valid, const Vector16& vector) {
   uint32_t pairs[8];
   pairs_of_vector(vector, pairs);
-  store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]}, {pairs[4], pairs[5], pairs[6], pairs[7]});
+  store_pieces<2>(out.y, 2 * v, valid, {pairs[0], pairs[1], pairs[2], pairs[3]},
+                  {pairs[4], pairs[5], pairs[6], pairs[7]});
 }
 
 // Codes of vector number v.
@@ -193,15 +199,18 @@ __device__ __forceinline__ void write_codes(const QuantizedRows& out, int64_t v,
 
 // One matrix is at most 2^31 bytes of scales, so that 32-bit arithmetic does inside it.
 __device__ __forceinline__ int64_t sf_position_128x4(const QuantizeShape& shape, uint32_t row, uint32_t group) {
-  const uint32_t matrix = shape.sf_matrix_rows == shape.num_rows ? 0 : shape.by_sf_matrix_rows.quotient(row), m = row - matrix * shape.sf_matrix_rows;
-  return matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + group / 4) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4 + group % 4;
+  const uint32_t matrix = shape.sf_matrix_rows == shape.num_rows ? 0 : shape.by_sf_matrix_rows.quotient(row),
+                 m = row - matrix * shape.sf_matrix_rows;
+  return matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + group / 4) * 512 + (m % 32) * 16 +
+         (m % 128) / 32 * 4 + group % 4;
 }
 
 // One vector of a row, scale byte and all. Every lane of the warp must come here, with consecutive vectors v = row * vecs_per_row + vec;
 // valid: this lane has one.
 template <RowFormat kFormat>
-__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, int64_t v, uint32_t row, uint32_t vec, bool valid,
-                                             const Vector16& vector, float global, float rcp6, bool plain) {
+__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, int64_t v,
+                                             uint32_t row, uint32_t vec, bool valid, const Vector16& vector,
+                                             float global, float rcp6, bool plain) {
   if (kFormat == RowFormat::kBf16 || out.y) write_bf16(out, v, valid, vector);
   if constexpr (kFormat == RowFormat::kBf16) return;
   const Vector16 vectors[1] = {vector};
@@ -225,13 +234,16 @@ __device__ __forceinline__ void write_vector(const QuantizedRows& out, const Qua
 }
 
 // Zeroes the scale rows that pad each 128x4 matrix.
-__device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const QuantizeShape& shape, uint32_t thread, uint32_t num_threads) {
+__device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const QuantizeShape& shape, uint32_t thread,
+                                                uint32_t num_threads) {
   if (out.format != RowFormat::kNvfp4 || out.sf_layout != SfLayout::k128x4) return;
   const uint32_t pad_rows = (128 - shape.sf_matrix_rows % 128) % 128, per_matrix = pad_rows * shape.quads_per_row;
   if (pad_rows == 0) return;
   for (uint32_t i = thread; i < per_matrix * (shape.num_rows / shape.sf_matrix_rows); i += num_threads) {
-    const uint32_t matrix = i / per_matrix, m = shape.sf_matrix_rows + i % per_matrix / shape.quads_per_row, quad = i % shape.quads_per_row;
-    const int64_t at = matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + quad) * 512 + (m % 32) * 16 + (m % 128) / 32 * 4;
+    const uint32_t matrix = i / per_matrix, m = shape.sf_matrix_rows + i % per_matrix / shape.quads_per_row,
+                   quad = i % shape.quads_per_row;
+    const int64_t at = matrix * shape.sf_matrix_bytes + ((m / 128) * shape.quads_per_row + quad) * 512 + (m % 32) * 16 +
+                       (m % 128) / 32 * 4;
     *reinterpret_cast<uint32_t*>(out.sf + at) = 0;
   }
 }
@@ -241,7 +253,8 @@ __device__ __forceinline__ void zero_sf_padding(const QuantizedRows& out, const 
 // A CTA takes vecs_per_thread * 256 consecutive vectors; a thread loads its next vector before it works on the current one.
 // kFlat: the whole tensor is one row (contiguous, linear scales, nothing per row), which spares the division.
 template <class Source, RowFormat kFormat, bool kFlat>
-__global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.stream_ctas) quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
+__global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.stream_ctas)
+    quantize_stream(const Source source, const QuantizedRows out, const QuantizeShape shape, uint32_t vecs_per_thread) {
   const uint32_t ordered = source.order(threadIdx.x);
   uint32_t first = blockIdx.x * vecs_per_thread * kStreamThreads;
   const auto row_of = [&](uint32_t v) { return kFlat ? 0u : shape.by_vecs_per_row.quotient(v); };
@@ -260,8 +273,10 @@ __global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.st
 #pragma unroll 1
   for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
     if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
-    const uint32_t v = first + ordered, next_v = v + kStreamThreads, next_row = row_of(next_v), next_vec = vec_of(next_v, next_row);
-    if (i + 1 < vecs_per_thread && next_v < shape.num_vecs) next = source.load(next_row, next_vec), next_factor = source.row_factor(next_row);
+    const uint32_t v = first + ordered, next_v = v + kStreamThreads, next_row = row_of(next_v),
+                   next_vec = vec_of(next_v, next_row);
+    if (i + 1 < vecs_per_thread && next_v < shape.num_vecs)
+      next = source.load(next_row, next_vec), next_factor = source.row_factor(next_row);
     const bool valid = v < shape.num_vecs;
     if constexpr (!kFlat && kFormat == RowFormat::kNvfp4)
       if (out.global_mode == GlobalMode::kPerRow && valid) {
@@ -284,7 +299,8 @@ __global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.st
     }
     raw = next, row = next_row, vec = next_vec, factor = next_factor;
   }
-  if constexpr (!kFlat) zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
+  if constexpr (!kFlat)
+    zero_sf_padding(out, shape, blockIdx.x * kStreamThreads + threadIdx.x, gridDim.x * kStreamThreads);
 }
 
 // ---- quantize_row ----
@@ -311,7 +327,8 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
 
 // One CTA per row; thread t holds vectors t, t + blockDim, ... (kVecs of them) in registers.
 template <class Source, int kVecs>
-__global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape, const RowNorm norm) {
+__global__ void __launch_bounds__(kRowThreadsMax)
+    quantize_row(const Source source, const QuantizedRows out, const QuantizeShape shape, const RowNorm norm) {
   __shared__ double sum_scratch[kRowThreadsMax / 32];
   __shared__ float max_scratch[kRowThreadsMax / 32];
   ptx::griddepcontrol_wait();
@@ -325,7 +342,8 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
   Vector16 v[kVecs] = {};
 #pragma unroll
   for (int i = 0; i < kVecs; ++i)
-    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) v[i] = source.vector(raw[i], row, threadIdx.x + i * blockDim.x, row_factor);
+    if (threadIdx.x + i * blockDim.x < shape.vecs_per_row)
+      v[i] = source.vector(raw[i], row, threadIdx.x + i * blockDim.x, row_factor);
 
   if (norm.weight) {
     double sum = 0;
@@ -336,7 +354,8 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
     const float factor = norm_factor(block_sum(sum, sum_scratch), shape.vecs_per_row, norm.eps);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i)
-      if (threadIdx.x + i * blockDim.x < shape.vecs_per_row) v[i] = normalized(v[i], norm.weight, threadIdx.x + i * blockDim.x, factor);
+      if (threadIdx.x + i * blockDim.x < shape.vecs_per_row)
+        v[i] = normalized(v[i], norm.weight, threadIdx.x + i * blockDim.x, factor);
   }
 
   float global = 1.0f;
@@ -357,9 +376,12 @@ __global__ void __launch_bounds__(kRowThreadsMax) quantize_row(const Source sour
     if (vec - threadIdx.x % 32 >= shape.vecs_per_row) break;
     const bool valid = vec < shape.vecs_per_row;
     const int64_t at = int64_t{row} * shape.vecs_per_row + vec;
-    if (out.format == RowFormat::kBf16) write_vector<RowFormat::kBf16>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
-    if (out.format == RowFormat::kNvfp4) write_vector<RowFormat::kNvfp4>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
-    if (out.format == RowFormat::kFp8) write_vector<RowFormat::kFp8>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
+    if (out.format == RowFormat::kBf16)
+      write_vector<RowFormat::kBf16>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
+    if (out.format == RowFormat::kNvfp4)
+      write_vector<RowFormat::kNvfp4>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
+    if (out.format == RowFormat::kFp8)
+      write_vector<RowFormat::kFp8>(out, shape, at, row, vec, valid, v[i], global, rcp6, plain);
   }
   zero_sf_padding(out, shape, blockIdx.x * blockDim.x + threadIdx.x, gridDim.x * blockDim.x);
 }

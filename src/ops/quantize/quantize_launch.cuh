@@ -23,25 +23,30 @@ inline uint32_t ring_smem_limit() {
 
 // weight_vecs: vectors of norm weights, or 0.
 inline uint32_t ring_smem_bytes(const RingPlan& plan, uint32_t stage_bytes, bool tiled, uint32_t weight_vecs) {
-  return plan.warps * (plan.stages * stage_bytes + kRingMaxStages * 8 + (tiled ? 2 : 1) * plan.piece_vecs) + weight_vecs * 64;
+  return plan.warps * (plan.stages * stage_bytes + kRingMaxStages * 8 + (tiled ? 2 : 1) * plan.piece_vecs) +
+         weight_vecs * 64;
 }
 inline bool has_norm(RingMode mode) { return mode == RingMode::kNorm || mode == RingMode::kNormRowGlobal; }
 
 // Crossovers measured on an H200 (docs/kernels/quantize.md).
 template <class Source>
-RingPlan plan_ring(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, RingMode mode, const GpuContext& context) {
+RingPlan plan_ring(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, RingMode mode,
+                   const GpuContext& context) {
   constexpr uint32_t kLongVecs = 6 << 20;  // 192 MiB of bf16
   const bool is_long = shape.num_vecs >= kLongVecs, tiled = out.sf_layout == SfLayout::k128x4;
   const auto sms = static_cast<uint32_t>(context.num_sms);
-  const bool aligned = reinterpret_cast<uintptr_t>(out.codes) % 16 == 0 && reinterpret_cast<uintptr_t>(out.sf) % 16 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(out.codes) % 16 == 0 && reinterpret_cast<uintptr_t>(out.sf) % 16 == 0;
   if (shape.vecs_per_row % 32 != 0 || !aligned || !source.stageable()) return {};
   const uint32_t limit = ring_smem_limit();
   const auto smem_of = [&](const RingPlan& plan) {
-    return ring_smem_bytes(plan, plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(plan.piece_vecs), tiled, has_norm(mode) ? shape.vecs_per_row : 0);
+    return ring_smem_bytes(plan, plan.piece_vecs * Source::kTraits.vec_bytes + source.extra_bytes(plan.piece_vecs),
+                           tiled, has_norm(mode) ? shape.vecs_per_row : 0);
   };
   if (mode == RingMode::kStream) {
     const RingPlan plan = tiled ? (is_long ? RingPlan{kTiledWarps, 2, 256, 1} : RingPlan{kTiledWarps, 3, 128, 1})
-                          : Source::kTraits.settles ? RingPlan{is_long ? 24u : 16u, 1, 256, 1} : RingPlan{24, 1, 64, 2};
+                          : Source::kTraits.settles ? RingPlan{is_long ? 24u : 16u, 1, 256, 1}
+                                                    : RingPlan{24, 1, 64, 2};
     // Shorter calls start and end sooner without the ring, unless a predecessor hides the start.
     const bool pays = is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent));
     return pays && smem_of(plan) <= limit ? plan : RingPlan{};
@@ -61,7 +66,8 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
 }
 
 template <class Source, RowFormat kFormat, RingMode kMode, bool kTiled, int kMaxThreads>
-void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm, const RingPlan& plan, const GpuContext& context) {
+void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm,
+                 const RingPlan& plan, const GpuContext& context) {
   RingShape ring{};
   const uint32_t parts = (shape.vecs_per_row + plan.piece_vecs - 1) / plan.piece_vecs;
   ring.stages = plan.stages;
@@ -71,25 +77,36 @@ void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeS
   ring.tiles = (shape.sf_matrix_rows + 127) / 128;
   ring.by_tiles = gpu::FastDiv(ring.tiles);
   ring.num_units = (kTiled ? shape.num_rows / shape.sf_matrix_rows * ring.tiles * 16 : shape.num_rows) * parts;
-  const auto smem = static_cast<int>(ring_smem_bytes(plan, ring.stage_bytes, kTiled, has_norm(kMode) ? shape.vecs_per_row : 0));
+  const auto smem =
+      static_cast<int>(ring_smem_bytes(plan, ring.stage_bytes, kTiled, has_norm(kMode) ? shape.vecs_per_row : 0));
   const uint32_t ctas = kTiled ? ring.num_units : (ring.num_units + plan.warps - 1) / plan.warps;
   const auto kernel = quantize_ring<Source, kFormat, kMode, kTiled, kMaxThreads>;
   gpu::allow_smem(kernel, smem);
   gpu::launch(kernel,
-              {.grid = min(ctas, plan.ctas_per_sm * static_cast<uint32_t>(context.num_sms)), .block = plan.warps * 32, .smem_bytes = smem, .stream = context.stream,
+              {.grid = min(ctas, plan.ctas_per_sm * static_cast<uint32_t>(context.num_sms)),
+               .block = plan.warps * 32,
+               .smem_bytes = smem,
+               .stream = context.stream,
                .dependent = context.dependent},
               source, out, shape, ring, norm);
 }
 
 template <class Source, RowFormat kFormat>
-void launch_stream(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const GpuContext& context) {
+void launch_stream(const Source& source, const QuantizedRows& out, const QuantizeShape& shape,
+                   const GpuContext& context) {
   // Enough CTAs to fill the machine several times over, then more vectors a thread.
-  const uint32_t waves = shape.num_vecs / (static_cast<uint32_t>(context.num_sms) * kStreamThreads * 4), vecs_per_thread = waves < 1 ? 1 : waves > 4 ? 4 : waves;
-  const gpu::LaunchConfig config{.grid = (shape.num_vecs + kStreamThreads * vecs_per_thread - 1) / (kStreamThreads * vecs_per_thread), .block = kStreamThreads,
-                                 .stream = context.stream, .dependent = context.dependent};
+  const uint32_t waves = shape.num_vecs / (static_cast<uint32_t>(context.num_sms) * kStreamThreads * 4),
+                 vecs_per_thread = waves < 1   ? 1
+                                   : waves > 4 ? 4
+                                               : waves;
+  const gpu::LaunchConfig config{
+      .grid = (shape.num_vecs + kStreamThreads * vecs_per_thread - 1) / (kStreamThreads * vecs_per_thread),
+      .block = kStreamThreads,
+      .stream = context.stream,
+      .dependent = context.dependent};
   if constexpr (!Source::kTraits.has_rows) {
-    const bool flat = source.contiguous(shape.vecs_per_row) && out.sf_layout == SfLayout::kLinear && out.global_mode != GlobalMode::kPerRow &&
-                      (kFormat == RowFormat::kBf16 || !out.y);
+    const bool flat = source.contiguous(shape.vecs_per_row) && out.sf_layout == SfLayout::kLinear &&
+                      out.global_mode != GlobalMode::kPerRow && (kFormat == RowFormat::kBf16 || !out.y);
     if (flat) return gpu::launch(quantize_stream<Source, kFormat, true>, config, source, out, shape, vecs_per_thread);
   }
   gpu::launch(quantize_stream<Source, kFormat, false>, config, source, out, shape, vecs_per_thread);
@@ -97,57 +114,78 @@ void launch_stream(const Source& source, const QuantizedRows& out, const Quantiz
 
 // Where a row must be seen whole.
 template <class Source>
-void launch_rows(const char* op, const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm, const GpuContext& context) {
+void launch_rows(const char* op, const Source& source, const QuantizedRows& out, const QuantizeShape& shape,
+                 const RowNorm& norm, const GpuContext& context) {
   const uint32_t cols = shape.vecs_per_row * 16;
   DSV4_GPU_REQUIRE(op, cols <= 16384, "cols = %u: at most 16384 where a row must be seen whole", cols);
   if constexpr (Source::kTraits.ring_rows) {
-    const bool row_global = out.global_mode == GlobalMode::kComputeRow, linear = out.sf_layout == SfLayout::kLinear, plain_y = norm.weight || !out.y;
+    const bool row_global = out.global_mode == GlobalMode::kComputeRow, linear = out.sf_layout == SfLayout::kLinear,
+               plain_y = norm.weight || !out.y;
     const RingMode mode = !norm.weight ? RingMode::kRowGlobal : row_global ? RingMode::kNormRowGlobal : RingMode::kNorm;
-    const RingPlan plan = linear && plain_y && out.format != RowFormat::kBf16 ? plan_ring(source, out, shape, mode, context) : RingPlan{};
+    const RingPlan plan =
+        linear && plain_y && out.format != RowFormat::kBf16 ? plan_ring(source, out, shape, mode, context) : RingPlan{};
     if (plan.warps > 0) {
       constexpr RowFormat kFp4 = RowFormat::kNvfp4, kFp8 = RowFormat::kFp8;
       if (mode == RingMode::kRowGlobal)
-        return launch_ring<Source, kFp4, RingMode::kRowGlobal, false, Source::kTraits.settles ? 768 : 512>(source, out, shape, norm, plan, context);
+        return launch_ring < Source, kFp4, RingMode::kRowGlobal, false,
+               Source::kTraits.settles ? 768 : 512 > (source, out, shape, norm, plan, context);
       if constexpr (Source::kTraits.ring_norm) {
-        if (row_global) return launch_ring<Source, kFp4, RingMode::kNormRowGlobal, false, 768>(source, out, shape, norm, plan, context);
-        if (out.format == RowFormat::kFp8) return launch_ring<Source, kFp8, RingMode::kNorm, false, 768>(source, out, shape, norm, plan, context);
+        if (row_global)
+          return launch_ring<Source, kFp4, RingMode::kNormRowGlobal, false, 768>(source, out, shape, norm, plan,
+                                                                                 context);
+        if (out.format == RowFormat::kFp8)
+          return launch_ring<Source, kFp8, RingMode::kNorm, false, 768>(source, out, shape, norm, plan, context);
         return launch_ring<Source, kFp4, RingMode::kNorm, false, 768>(source, out, shape, norm, plan, context);
       }
     }
   }
   const uint32_t per_thread = cols <= 8192 ? 1 : 2;
-  const gpu::LaunchConfig config{.grid = shape.num_rows, .block = (shape.vecs_per_row + 32 * per_thread - 1) / (32 * per_thread) * 32, .stream = context.stream,
+  const gpu::LaunchConfig config{.grid = shape.num_rows,
+                                 .block = (shape.vecs_per_row + 32 * per_thread - 1) / (32 * per_thread) * 32,
+                                 .stream = context.stream,
                                  .dependent = context.dependent};
   gpu::launch(per_thread == 1 ? quantize_row<Source, 1> : quantize_row<Source, 2>, config, source, out, shape, norm);
 }
 
 template <class Source>
-void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm, int64_t num_rows, int64_t cols,
-                     const GpuContext& context) {
-  DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0, "cols = %lld", static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 16) < (int64_t{1} << 31) - 4096, "num_rows = %lld, cols = %lld: 2^31 groups at most",
-                   static_cast<long long>(num_rows), static_cast<long long>(cols));
-  DSV4_GPU_REQUIRE(op, out.format == RowFormat::kBf16 ? out.y != nullptr : out.codes && out.sf, "an output pointer is null");
-  DSV4_GPU_REQUIRE(op, out.global_mode == GlobalMode::kOne || out.format == RowFormat::kNvfp4, "only kNvfp4 has a global scale");
-  DSV4_GPU_REQUIRE(op, out.sf_layout == SfLayout::kLinear || out.format == RowFormat::kNvfp4, "only kNvfp4 has the 128x4 layout");
+void launch_quantize(const char* op, const Source& source, const QuantizedRows& out, const RowNorm& norm,
+                     int64_t num_rows, int64_t cols, const GpuContext& context) {
+  DSV4_GPU_REQUIRE(op, cols > 0 && cols % (out.format == RowFormat::kFp8 ? kFp8ActBlock : kNvfp4GroupSize) == 0,
+                   "cols = %lld", static_cast<long long>(cols));
+  DSV4_GPU_REQUIRE(op, num_rows >= 0 && num_rows * (cols / 16) < (int64_t{1} << 31) - 4096,
+                   "num_rows = %lld, cols = %lld: 2^31 groups at most", static_cast<long long>(num_rows),
+                   static_cast<long long>(cols));
+  DSV4_GPU_REQUIRE(op, out.format == RowFormat::kBf16 ? out.y != nullptr : out.codes && out.sf,
+                   "an output pointer is null");
+  DSV4_GPU_REQUIRE(op, out.global_mode == GlobalMode::kOne || out.format == RowFormat::kNvfp4,
+                   "only kNvfp4 has a global scale");
+  DSV4_GPU_REQUIRE(op, out.sf_layout == SfLayout::kLinear || out.format == RowFormat::kNvfp4,
+                   "only kNvfp4 has the 128x4 layout");
   if (num_rows == 0) return;
   const int64_t matrix_rows = out.sf_matrix_rows ? out.sf_matrix_rows : num_rows;
-  DSV4_GPU_REQUIRE(op, num_rows % matrix_rows == 0, "num_rows = %lld is not a multiple of sf_matrix_rows = %lld", static_cast<long long>(num_rows),
-                   static_cast<long long>(matrix_rows));
+  DSV4_GPU_REQUIRE(op, num_rows % matrix_rows == 0, "num_rows = %lld is not a multiple of sf_matrix_rows = %lld",
+                   static_cast<long long>(num_rows), static_cast<long long>(matrix_rows));
   const QuantizeShape shape = make_quantize_shape(out, num_rows, cols);
-  if (norm.weight || out.global_mode == GlobalMode::kComputeRow) return launch_rows(op, source, out, shape, norm, context);
+  if (norm.weight || out.global_mode == GlobalMode::kComputeRow)
+    return launch_rows(op, source, out, shape, norm, context);
   if constexpr (Source::kTraits.ring_stream)
     if (out.format == RowFormat::kNvfp4 && !out.y) {
       const RingPlan plan = plan_ring(source, out, shape, RingMode::kStream, context);
       if (plan.warps > 0 && out.sf_layout == SfLayout::kLinear)
-        return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, false, 768>(source, out, shape, norm, plan, context);
+        return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, false, 768>(source, out, shape, norm, plan,
+                                                                                     context);
       if constexpr (Source::kTraits.ring_tiled)
-        if (plan.warps > 0) return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, true, 768>(source, out, shape, norm, plan, context);
+        if (plan.warps > 0)
+          return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, true, 768>(source, out, shape, norm, plan,
+                                                                                      context);
     }
   switch (out.format) {
-    case RowFormat::kNvfp4: return launch_stream<Source, RowFormat::kNvfp4>(source, out, shape, context);
-    case RowFormat::kFp8: return launch_stream<Source, RowFormat::kFp8>(source, out, shape, context);
-    case RowFormat::kBf16: return launch_stream<Source, RowFormat::kBf16>(source, out, shape, context);
+    case RowFormat::kNvfp4:
+      return launch_stream<Source, RowFormat::kNvfp4>(source, out, shape, context);
+    case RowFormat::kFp8:
+      return launch_stream<Source, RowFormat::kFp8>(source, out, shape, context);
+    case RowFormat::kBf16:
+      return launch_stream<Source, RowFormat::kBf16>(source, out, shape, context);
   }
 }
 

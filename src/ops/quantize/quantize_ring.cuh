@@ -22,7 +22,8 @@
 namespace dsv4 {
 
 constexpr uint32_t kRingMaxStages = 4;
-constexpr uint32_t kTiledWarps = 8;  // two neighbouring rows and the six that lie 32, 64 and 96 further share a sector of 128x4 scales
+constexpr uint32_t kTiledWarps =
+    8;  // two neighbouring rows and the six that lie 32, 64 and 96 further share a sector of 128x4 scales
 
 enum class RingMode { kStream, kRowGlobal, kNorm, kNormRowGlobal };
 
@@ -44,7 +45,8 @@ __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, cons
   RingPiece piece;
   if constexpr (kTiled) {
     const uint32_t unit = step * gridDim.x + blockIdx.x, set = ring.by_parts.quotient(unit);
-    const uint32_t tile_all = set / 16, matrix = ring.by_tiles.quotient(tile_all), tile = tile_all - matrix * ring.tiles;
+    const uint32_t tile_all = set / 16, matrix = ring.by_tiles.quotient(tile_all),
+                   tile = tile_all - matrix * ring.tiles;
     const uint32_t m = tile * 128 + set % 16 * 2 + warp % 2 + warp / 2 * 32;
     piece.first_vec = (unit - set * ring.by_parts.divisor) * ring.piece_vecs;
     piece.row = matrix * shape.sf_matrix_rows + m;
@@ -61,28 +63,36 @@ __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, cons
 
 // Scale bytes of one warp's piece, linear layout: in shared memory already, written in long stores.
 template <RowFormat kFormat>
-__device__ __forceinline__ void write_sf_piece(const QuantizedRows& out, int64_t first_v, uint32_t count, const uint8_t* sf) {
+__device__ __forceinline__ void write_sf_piece(const QuantizedRows& out, int64_t first_v, uint32_t count,
+                                               const uint8_t* sf) {
   const uint32_t lane = threadIdx.x % 32;
   __syncwarp();
   if constexpr (kFormat == RowFormat::kNvfp4) {
 #pragma unroll 1
-    for (uint32_t i = lane; i < count / 16; i += 32) reinterpret_cast<uint4*>(out.sf + first_v)[i] = reinterpret_cast<const uint4*>(sf)[i];
+    for (uint32_t i = lane; i < count / 16; i += 32)
+      reinterpret_cast<uint4*>(out.sf + first_v)[i] = reinterpret_cast<const uint4*>(sf)[i];
   } else {
 #pragma unroll 1
-    for (uint32_t i = lane; i < count / 32; i += 32) reinterpret_cast<uint32_t*>(out.sf + first_v / 8)[i] = reinterpret_cast<const uint32_t*>(sf)[i];
+    for (uint32_t i = lane; i < count / 32; i += 32)
+      reinterpret_cast<uint32_t*>(out.sf + first_v / 8)[i] = reinterpret_cast<const uint32_t*>(sf)[i];
   }
   __syncwarp();
 }
 
 // Scale bytes of a CTA's eight pieces, 128x4: sf [8][piece_vecs]. Two threads write the 32 bytes of four groups of eight rows.
-__device__ __forceinline__ void write_sf_set(const QuantizedRows& out, const QuantizeShape& shape, const RingShape& ring, uint32_t step, const uint8_t* sf) {
+__device__ __forceinline__ void write_sf_set(const QuantizedRows& out, const QuantizeShape& shape,
+                                             const RingShape& ring, uint32_t step, const uint8_t* sf) {
   const uint32_t unit = step * gridDim.x + blockIdx.x, set = ring.by_parts.quotient(unit);
-  const uint32_t first_vec = (unit - set * ring.by_parts.divisor) * ring.piece_vecs, count = min(ring.piece_vecs, shape.vecs_per_row - first_vec);
+  const uint32_t first_vec = (unit - set * ring.by_parts.divisor) * ring.piece_vecs,
+                 count = min(ring.piece_vecs, shape.vecs_per_row - first_vec);
   const uint32_t tile_all = set / 16, matrix = ring.by_tiles.quotient(tile_all), tile = tile_all - matrix * ring.tiles;
-  uint8_t* to = out.sf + matrix * shape.sf_matrix_bytes + (int64_t{tile} * shape.quads_per_row + first_vec / 4) * 512 + set % 16 * 32;
+  uint8_t* to = out.sf + matrix * shape.sf_matrix_bytes + (int64_t{tile} * shape.quads_per_row + first_vec / 4) * 512 +
+                set % 16 * 32;
   for (uint32_t i = threadIdx.x; i < count / 2; i += kTiledWarps * 32) {
     const uint32_t quad = i / 2, odd = i % 2;
-    const auto word = [&](uint32_t j) { return *reinterpret_cast<const uint32_t*>(sf + (2 * j + odd) * ring.piece_vecs + 4 * quad); };
+    const auto word = [&](uint32_t j) {
+      return *reinterpret_cast<const uint32_t*>(sf + (2 * j + odd) * ring.piece_vecs + 4 * quad);
+    };
     *reinterpret_cast<uint4*>(to + quad * 512 + odd * 16) = {word(0), word(1), word(2), word(3)};
   }
 }
@@ -101,8 +111,12 @@ __device__ __forceinline__ void store_bf16_vector(uint8_t* to, const Vector16& v
 
 // Magnitudes of a bf16 pair times 2^-384 as binary64, put together from their bits: no conversion, which would take eight times as long
 // as other instructions. Exact for normal numbers; zeros and subnormals become less than 2^-510, infinities and NaN at least 2^-256.
-__device__ __forceinline__ double low_scaled_magnitude(uint32_t pair) { return __hiloint2double(static_cast<int>(ptx::and_or(pair << 13, 0x0fffe000u, 0x20000000u)), 0); }
-__device__ __forceinline__ double high_scaled_magnitude(uint32_t pair) { return __hiloint2double(static_cast<int>(ptx::and_or(pair >> 3, 0x0fffe000u, 0x20000000u)), 0); }
+__device__ __forceinline__ double low_scaled_magnitude(uint32_t pair) {
+  return __hiloint2double(static_cast<int>(ptx::and_or(pair << 13, 0x0fffe000u, 0x20000000u)), 0);
+}
+__device__ __forceinline__ double high_scaled_magnitude(uint32_t pair) {
+  return __hiloint2double(static_cast<int>(ptx::and_or(pair >> 3, 0x0fffe000u, 0x20000000u)), 0);
+}
 // Whether a sum of their squares, times 2^768, is that of the numbers: what zeros and subnormals add is lost in it, and nothing infinite is.
 __device__ __forceinline__ bool scaled_squares_hold(double sum) { return sum > 0x1p-868 && sum < 0x1p-518; }
 
@@ -146,7 +160,8 @@ __device__ __forceinline__ void stage_weights(float4* weights, const bf16* from,
   }
 }
 // normalized(), of a staged vector.
-__device__ __forceinline__ Vector16 staged_normalized(const Vector16& v, const float4* weights, uint32_t vecs, uint32_t vec, float factor) {
+__device__ __forceinline__ Vector16 staged_normalized(const Vector16& v, const float4* weights, uint32_t vecs,
+                                                      uint32_t vec, float factor) {
   uint32_t pairs[8];
   const float4* at = weights + vec;
 #pragma unroll
@@ -173,19 +188,24 @@ __device__ __forceinline__ void for_rounds(uint32_t count, const Body& body) {
 }
 
 template <class Source, RowFormat kFormat, RingMode kMode, bool kTiled, int kMaxThreads>
-__global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source source, const QuantizedRows out, const QuantizeShape shape, const RingShape ring,
-                                                                const RowNorm norm) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    quantize_ring(const Source source, const QuantizedRows out, const QuantizeShape shape, const RingShape ring,
+                  const RowNorm norm) {
   constexpr bool kNorm = kMode == RingMode::kNorm || kMode == RingMode::kNormRowGlobal;
   constexpr bool kRowGlobal = kMode == RingMode::kRowGlobal || kMode == RingMode::kNormRowGlobal;
   constexpr bool kWholeRows = kMode != RingMode::kStream;  // one stage, one piece a row
   extern __shared__ __align__(128) uint8_t ring_smem[];
   const uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint8_t* const stages = ring_smem + warp * ring.stages * ring.stage_bytes;
-  uint64_t* const full = reinterpret_cast<uint64_t*>(ring_smem + warps * ring.stages * ring.stage_bytes) + warp * kRingMaxStages;
-  uint8_t* const sf_all = ring_smem + warps * (ring.stages * ring.stage_bytes + kRingMaxStages * 8);  // [kTiled ? 2 : 1][warps][piece_vecs]
-  float4* const weights = reinterpret_cast<float4*>(sf_all + warps * ring.piece_vecs);                // kNorm: [4][vecs_per_row]
+  uint64_t* const full =
+      reinterpret_cast<uint64_t*>(ring_smem + warps * ring.stages * ring.stage_bytes) + warp * kRingMaxStages;
+  uint8_t* const sf_all =
+      ring_smem + warps * (ring.stages * ring.stage_bytes + kRingMaxStages * 8);  // [kTiled ? 2 : 1][warps][piece_vecs]
+  float4* const weights = reinterpret_cast<float4*>(sf_all + warps * ring.piece_vecs);  // kNorm: [4][vecs_per_row]
 
-  const auto count_of = [&](const RingPiece& piece) { return kWholeRows ? shape.vecs_per_row : min(ring.piece_vecs, shape.vecs_per_row - piece.first_vec); };
+  const auto count_of = [&](const RingPiece& piece) {
+    return kWholeRows ? shape.vecs_per_row : min(ring.piece_vecs, shape.vecs_per_row - piece.first_vec);
+  };
   const auto queue = [&](const RingPiece& piece, uint32_t stage, int32_t ahead) {
     source.queue(stages + stage * ring.stage_bytes, full + stage, piece.row, piece.first_vec, count_of(piece), ahead);
   };
@@ -215,7 +235,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
     }
 
   const auto global_of = [&](const RingPiece& piece) {
-    return out.global_mode == GlobalMode::kPerRow && piece.valid ? out.global[piece.row] : out.global_mode == GlobalMode::kGiven ? out.global[0] : 1.0f;
+    return out.global_mode == GlobalMode::kPerRow && piece.valid ? out.global[piece.row]
+           : out.global_mode == GlobalMode::kGiven               ? out.global[0]
+                                                                 : 1.0f;
   };
   RingPiece next = ring_piece<kTiled, kWholeRows>(shape, ring, 0);
   float next_global = global_of(next), next_factor = next.valid ? source.row_factor(next.row) : 1.0f;
@@ -258,8 +280,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
           for (int k = 0; k < kVecs; ++k) {
             const uint32_t vec = source.ring_order(i + 32 * k, count);
             largest = fmaxf(largest, amax_of_numbers(v[k]));
-            if constexpr (kNorm) store_bf16_vector(data + vec * Source::kTraits.vec_bytes, v[k]);
-            else if constexpr (Source::kTraits.settles) source.settle(data, count, vec, v[k]);
+            if constexpr (kNorm)
+              store_bf16_vector(data + vec * Source::kTraits.vec_bytes, v[k]);
+            else if constexpr (Source::kTraits.settles)
+              source.settle(data, count, vec, v[k]);
           }
         });
         // Magnitudes order as their bits.
@@ -278,20 +302,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
 #pragma unroll
         for (int k = 0; k < kVecs; ++k) {
           vec[k] = source.ring_order(i + 32 * k, count);
-          if constexpr (kRowGlobal && kNorm) v[k] = load_bf16_vector(data + vec[k] * Source::kTraits.vec_bytes);
-          else if constexpr (kRowGlobal && Source::kTraits.settles) v[k] = source.settled(data, count, vec[k]);
-          else v[k] = read(vec[k]);
+          if constexpr (kRowGlobal && kNorm)
+            v[k] = load_bf16_vector(data + vec[k] * Source::kTraits.vec_bytes);
+          else if constexpr (kRowGlobal && Source::kTraits.settles)
+            v[k] = source.settled(data, count, vec[k]);
+          else
+            v[k] = read(vec[k]);
         }
         encode_vectors<kFormat>(v, global, rcp6, plain, codes, scales);
 #pragma unroll
         for (int k = 0; k < kVecs; ++k) {
           if (kNorm && out.y) write_bf16(out, first_v + vec[k], true, v[k]);
           write_codes<kFormat>(out, first_v + vec[k], codes[k]);
-          if constexpr (kFormat == RowFormat::kNvfp4) sf[vec[k]] = static_cast<uint8_t>(scales[k]);
-          else if (vec[k] % 8 == 0) sf[vec[k] / 8] = static_cast<uint8_t>(scales[k]);
+          if constexpr (kFormat == RowFormat::kNvfp4)
+            sf[vec[k]] = static_cast<uint8_t>(scales[k]);
+          else if (vec[k] % 8 == 0)
+            sf[vec[k] / 8] = static_cast<uint8_t>(scales[k]);
         }
       });
-      if constexpr (kRowGlobal && (kNorm || Source::kTraits.settles)) ptx::fence_proxy_async();  // written by this warp, next by the copy engine
+      if constexpr (kRowGlobal && (kNorm || Source::kTraits.settles))
+        ptx::fence_proxy_async();  // written by this warp, next by the copy engine
       __syncwarp();
     } else {
 #pragma unroll 1
@@ -299,7 +329,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) quantize_ring(const Source sou
     }
     if (lane == 0 && later.valid) queue(later, stage, ahead);
     if constexpr (!kTiled) {
-      write_sf_piece<kFormat>(out, int64_t{piece.row} * shape.vecs_per_row + piece.first_vec, count, sf);  // always valid
+      write_sf_piece<kFormat>(out, int64_t{piece.row} * shape.vecs_per_row + piece.first_vec, count,
+                              sf);  // always valid
     } else {
       __syncthreads();
       write_sf_set(out, shape, ring, step, sf_all + step % 2 * warps * ring.piece_vecs);

@@ -11,7 +11,8 @@ RopeFreqs make_rope_freqs(int rope_dim, double theta, const YarnParams* yarn) {
   RopeFreqs result;
   result.freqs.resize(num_pairs);
   for (int i = 0; i < num_pairs; ++i)
-    result.freqs[i] = 1.0f / std::pow(static_cast<float>(theta), static_cast<float>(2 * i) / static_cast<float>(rope_dim));
+    result.freqs[i] =
+        1.0f / std::pow(static_cast<float>(theta), static_cast<float>(2 * i) / static_cast<float>(rope_dim));
   if (yarn == nullptr) return result;
 
   // The pair whose wavelength makes `rotations` turns over the original context.

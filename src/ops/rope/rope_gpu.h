@@ -12,18 +12,18 @@
 namespace dsv4 {
 
 struct RopeNormInsertArgs {
-  const bf16* q;              // [num_tokens, num_heads, 512]
-  bf16* q_out;                // [num_tokens, num_heads, 512]; may be q
-  const bf16* kv;             // [num_tokens, 512], rows kv_stride apart; nullptr: queries only
-  int64_t kv_stride;          // elements, multiple of 8
-  const bf16* kv_weight;      // [512]
-  const float* cos_sin;       // [num_positions, 64]: 32 cosines, then 32 sines
-  const int32_t* rope_rows;   // [num_tokens] row of cos_sin
-  const int32_t* slots;       // [num_tokens] cache row; outside [0, pages.num_rows): not stored
+  const bf16* q;             // [num_tokens, num_heads, 512]
+  bf16* q_out;               // [num_tokens, num_heads, 512]; may be q
+  const bf16* kv;            // [num_tokens, 512], rows kv_stride apart; nullptr: queries only
+  int64_t kv_stride;         // elements, multiple of 8
+  const bf16* kv_weight;     // [512]
+  const float* cos_sin;      // [num_positions, 64]: 32 cosines, then 32 sines
+  const int32_t* rope_rows;  // [num_tokens] row of cos_sin
+  const int32_t* slots;      // [num_tokens] cache row; outside [0, pages.num_rows): not stored
   DevicePages pages;
-  KvFormat format;            // kBf16, kFp8, kNvfp4
-  int64_t num_tokens;         // 0 is legal
-  int num_heads;              // 0 is legal: kv only
+  KvFormat format;     // kBf16, kFp8, kNvfp4
+  int64_t num_tokens;  // 0 is legal
+  int num_heads;       // 0 is legal: kv only
   float eps;
 };
 
@@ -33,8 +33,8 @@ void rope_norm_insert(const RopeNormInsertArgs& args, const GpuContext& context)
 struct GatherKvRowsArgs {
   DevicePages pages;
   KvFormat format;
-  const int32_t* rows;        // [num_out]
-  bf16* y;                    // [num_out, 512]
+  const int32_t* rows;  // [num_out]
+  bf16* y;              // [num_out, 512]
   int64_t num_out;
 };
 

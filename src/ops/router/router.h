@@ -20,7 +20,7 @@ struct RouterArgs {
   const int32_t* token_ids;   // [num_tokens], hash layers
   int32_t* topk_idx;          // [num_tokens, num_topk]
   float* topk_weights;        // [num_tokens, num_topk]
-  float* margin;              // [num_tokens] score distance between the last chosen and the first refused; nullptr: not wanted
+  float* margin;  // [num_tokens] score distance between the last chosen and the first refused; nullptr: not wanted
   int64_t num_tokens;
   int num_experts;
   int num_topk;

@@ -22,8 +22,8 @@ float choose_topk(const std::vector<float>& keys, int k, int32_t* out) {
   const auto before = [&](int32_t a, int32_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); };
   const size_t sorted = std::min(keys.size(), static_cast<size_t>(k) + 1);
   std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(sorted), order.end(), before);
-  const float margin = sorted > static_cast<size_t>(k) ? keys[order[k - 1]] - keys[order[k]]
-                                                       : std::numeric_limits<float>::infinity();
+  const float margin =
+      sorted > static_cast<size_t>(k) ? keys[order[k - 1]] - keys[order[k]] : std::numeric_limits<float>::infinity();
   std::copy_n(order.begin(), k, out);
   std::sort(out, out + k);
   return margin;

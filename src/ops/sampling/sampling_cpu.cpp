@@ -35,8 +35,9 @@ class RankedTokens {
 
  private:
   void sort_up_to(size_t count) {
-    std::partial_sort(order_.begin() + static_cast<int64_t>(sorted_), order_.begin() + static_cast<int64_t>(count), order_.end(),
-                      [&](int32_t a, int32_t b) { return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b); });
+    std::partial_sort(
+        order_.begin() + static_cast<int64_t>(sorted_), order_.begin() + static_cast<int64_t>(count), order_.end(),
+        [&](int32_t a, int32_t b) { return logits_[a] > logits_[b] || (logits_[a] == logits_[b] && a < b); });
     sorted_ = count;
   }
   std::span<const float> logits_;

@@ -101,7 +101,8 @@ constexpr int kTileRows = kLanes == 16 ? 6 : 3;
 
 // kHeads x kRows dot products at once: each q and row vector is loaded once per kRows or kHeads multiply-adds.
 template <int kHeads, int kRows>
-inline void score_tile(const float* q, int64_t dim, const float* const* rows, float scale, float* scores, int64_t stride) {
+inline void score_tile(const float* q, int64_t dim, const float* const* rows, float scale, float* scores,
+                       int64_t stride) {
   Lanes sum[kHeads][kRows] = {};
   int64_t i = 0;
   for (; i + kLanes <= dim; i += kLanes) {
@@ -124,15 +125,18 @@ template <int kHeads>
 void score_heads(const float* q, int64_t dim, const float* const* rows, int64_t num_rows, float scale, float* scores,
                  int64_t stride) {
   int64_t r = 0;
-  for (; r + kTileRows <= num_rows; r += kTileRows) score_tile<kHeads, kTileRows>(q, dim, rows + r, scale, scores + r, stride);
+  for (; r + kTileRows <= num_rows; r += kTileRows)
+    score_tile<kHeads, kTileRows>(q, dim, rows + r, scale, scores + r, stride);
   for (; r < num_rows; ++r) score_tile<kHeads, 1>(q, dim, rows + r, scale, scores + r, stride);
 }
 
 void attend_scores(const float* q, int num_heads, int64_t dim, const float* const* rows, int64_t num_rows, float scale,
                    float* scores, int64_t stride) {
   int h = 0;
-  for (; h + 4 <= num_heads; h += 4) score_heads<4>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
-  for (; h + 2 <= num_heads; h += 2) score_heads<2>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
+  for (; h + 4 <= num_heads; h += 4)
+    score_heads<4>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
+  for (; h + 2 <= num_heads; h += 2)
+    score_heads<2>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
   for (; h < num_heads; ++h) score_heads<1>(q + h * dim, dim, rows, num_rows, scale, scores + h * stride, stride);
 }
 
@@ -154,10 +158,12 @@ inline void value_tile(const float* p, int64_t p_stride, int64_t dim, const floa
 }
 
 template <int kHeads>
-void value_heads(const float* p, int64_t p_stride, int64_t dim, const float* const* rows, int64_t num_rows, float* out) {
+void value_heads(const float* p, int64_t p_stride, int64_t dim, const float* const* rows, int64_t num_rows,
+                 float* out) {
   int64_t i = 0;
   constexpr int kCols = kLanes == 8 && kHeads >= 4 ? 3 : 4;
-  for (; i + kCols * kLanes <= dim; i += kCols * kLanes) value_tile<kHeads, kCols>(p, p_stride, dim, rows, num_rows, i, out);
+  for (; i + kCols * kLanes <= dim; i += kCols * kLanes)
+    value_tile<kHeads, kCols>(p, p_stride, dim, rows, num_rows, i, out);
   for (; i + kLanes <= dim; i += kLanes) value_tile<kHeads, 1>(p, p_stride, dim, rows, num_rows, i, out);
   for (; i < dim; ++i)
     for (int h = 0; h < kHeads; ++h) {
@@ -167,8 +173,8 @@ void value_heads(const float* p, int64_t p_stride, int64_t dim, const float* con
     }
 }
 
-void attend_values(const float* p, int64_t p_stride, int num_heads, int64_t dim, const float* const* rows, int64_t num_rows,
-                   float* out) {
+void attend_values(const float* p, int64_t p_stride, int num_heads, int64_t dim, const float* const* rows,
+                   int64_t num_rows, float* out) {
   int h = 0;
   for (; h + 4 <= num_heads; h += 4) value_heads<4>(p + h * p_stride, p_stride, dim, rows, num_rows, out + h * dim);
   for (; h + 2 <= num_heads; h += 2) value_heads<2>(p + h * p_stride, p_stride, dim, rows, num_rows, out + h * dim);
@@ -231,7 +237,8 @@ void softmax_pool(const float* const* value, const float* const* gate, int num_s
   }
 }
 
-void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out) {
+void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim,
+                 float* out) {
   constexpr int64_t kBlock = 8 * kTileRows;
   for (int64_t start = 0; start < num_keys; start += kBlock) {
     const int64_t count = num_keys - start < kBlock ? num_keys - start : kBlock;

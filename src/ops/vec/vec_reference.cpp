@@ -37,8 +37,8 @@ void attend_scores(const float* q, int num_heads, int64_t dim, const float* cons
     for (int64_t r = 0; r < num_rows; ++r) scores[h * score_stride + r] = scale * dot(q + h * dim, rows[r], dim);
 }
 
-void attend_values(const float* p, int64_t p_stride, int num_heads, int64_t dim, const float* const* rows, int64_t num_rows,
-                   float* out) {
+void attend_values(const float* p, int64_t p_stride, int num_heads, int64_t dim, const float* const* rows,
+                   int64_t num_rows, float* out) {
   for (int h = 0; h < num_heads; ++h)
     for (int64_t i = 0; i < dim; ++i) {
       double sum = 0;
@@ -70,7 +70,8 @@ void softmax_pool(const float* const* value, const float* const* gate, int num_s
   }
 }
 
-void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim, float* out) {
+void relu_scores(const float* q, const float* weight, int num_heads, const float* keys, int64_t num_keys, int64_t dim,
+                 float* out) {
   for (int64_t j = 0; j < num_keys; ++j) {
     double sum = 0;
     for (int h = 0; h < num_heads; ++h) sum += weight[h] * std::max(0.0, dot_double(q + h * dim, keys + j * dim, dim));
@@ -90,17 +91,21 @@ void round_bf16_array(float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = round_bf16(x[i]);
 }
 
-constexpr VecKernels kReferenceTable{sum_squares,  scale,        combine,     attend_scores,     attend_values,     exp_sum,
-                                     softmax_pool, relu_scores, decode_bf16_array, encode_bf16_array, round_bf16_array};
+constexpr VecKernels kReferenceTable{sum_squares,     scale,        combine,     attend_scores,     attend_values,
+                                     exp_sum,         softmax_pool, relu_scores, decode_bf16_array, encode_bf16_array,
+                                     round_bf16_array};
 
 }  // namespace
 
 const VecKernels& vec_kernels(CpuIsa isa) {
   switch (isa) {
-    case CpuIsa::kReference: return kReferenceTable;
-    case CpuIsa::kAvx2: return vec_avx2::kTable;
+    case CpuIsa::kReference:
+      return kReferenceTable;
+    case CpuIsa::kAvx2:
+      return vec_avx2::kTable;
     case CpuIsa::kAvx512:
-    case CpuIsa::kAmx: return vec_avx512::kTable;
+    case CpuIsa::kAmx:
+      return vec_avx512::kTable;
   }
   return kReferenceTable;
 }

@@ -94,7 +94,8 @@ TEST(GroupRules, NoGroupIsWorseThanModelOptAndTheSumIsBetter) {
       const auto w = random_weights(kGroups, 0.05f, binades, 21);
       const Encoded base = encode(w, ScaleRule::kModelOpt);
       const Encoded e = encode(w, rule);
-      for (int64_t g = 0; g < kGroups; ++g) ASSERT_LE(e.group_error(w, g), base.group_error(w, g)) << binades << " " << g;
+      for (int64_t g = 0; g < kGroups; ++g)
+        ASSERT_LE(e.group_error(w, g), base.group_error(w, g)) << binades << " " << g;
       EXPECT_LT(e.loss.error_sq, 0.9 * base.loss.error_sq) << binades;
     }
 }
@@ -117,7 +118,8 @@ TEST(GroupRules, MseFindsTheBestOfAllScaleCodes) {
       double error = 0;
       for (int i = 0; i < 16; ++i) {
         const float x = w[static_cast<size_t>(16 * g + i)];
-        const double d = static_cast<double>(x) - decode_nvfp4(encode_e2m1(x / divisor), static_cast<uint8_t>(sf), e.global);
+        const double d =
+            static_cast<double>(x) - decode_nvfp4(encode_e2m1(x / divisor), static_cast<uint8_t>(sf), e.global);
         error += d * d;
       }
       best = std::min(best, error);

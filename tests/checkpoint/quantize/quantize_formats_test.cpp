@@ -60,9 +60,14 @@ void expect_weight_rule(const StoredMatrix& found, const std::vector<float>& w, 
 
 float amax_of(const std::vector<float>& w) { return group_amax(w.data(), static_cast<int>(w.size())); }
 
-constexpr const char* kDenseNames[] = {"layers.1.attn.wq_a", "layers.1.attn.wq_b",         "layers.1.attn.wkv",
-                                       "layers.2.attn.wo_a", "layers.2.attn.wo_b",         "layers.1.attn.indexer.wq_b",
-                                       "layers.0.ffn.shared_experts.w1", "layers.3.ffn.shared_experts.w2"};
+constexpr const char* kDenseNames[] = {"layers.1.attn.wq_a",
+                                       "layers.1.attn.wq_b",
+                                       "layers.1.attn.wkv",
+                                       "layers.2.attn.wo_a",
+                                       "layers.2.attn.wo_b",
+                                       "layers.1.attn.indexer.wq_b",
+                                       "layers.0.ffn.shared_experts.w1",
+                                       "layers.3.ffn.shared_experts.w2"};
 
 class Formats : public ::testing::Test {
  protected:
@@ -166,7 +171,8 @@ TEST_F(Formats, Mxfp4IsCastWithoutLossIncludingSignedZeros) {
         EXPECT_EQ(decode_all(from), decode_all(to)) << name;
         ++num_matrices;
       }
-  EXPECT_EQ(target.matrix("layers.0.ffn.experts.0.w1").global_scale, target.matrix("layers.0.ffn.experts.0.w3").global_scale);
+  EXPECT_EQ(target.matrix("layers.0.ffn.experts.0.w1").global_scale,
+            target.matrix("layers.0.ffn.experts.0.w3").global_scale);
   EXPECT_TRUE(report.notes.empty());
   int64_t num_lossless = 0;
   for (const QuantizeKindStats& row : report.kinds) {
@@ -312,7 +318,8 @@ TEST_F(Formats, ConfigurationSaysWhatIsQuantisedHow) {
   EXPECT_EQ(q.at("config_groups").at("group_0").at("input_activations"), fp4);
   EXPECT_EQ(q.at("config_groups").at("group_0").at("targets"), Json::parse(R"(["Linear"])"));
   EXPECT_EQ(q.at("quantized_layers").size(), 4u);
-  EXPECT_EQ(q.at("quantized_layers").at("layers.3.ffn.experts"), Json::parse(R"({"quant_algo": "NVFP4", "group_size": 16})"));
+  EXPECT_EQ(q.at("quantized_layers").at("layers.3.ffn.experts"),
+            Json::parse(R"({"quant_algo": "NVFP4", "group_size": 16})"));
   for (const char* pattern : {"*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"})
     EXPECT_NE(std::find(q.at("ignore").begin(), q.at("ignore").end(), pattern), q.at("ignore").end()) << pattern;
   EXPECT_EQ(q.at("producer").at("name"), "modelopt");
@@ -353,7 +360,8 @@ TEST_F(Formats, NanAndInfinityAreRefusedByName) {
       std::memcpy(file.tensors.at(std::string(tensor) + ".weight").bytes.data() + 34, &bits, 2);
       file.save();
     }
-    expect_bad_input({"model.safetensors: ", tensor, "row 0", "NaN or an infinity"}, [&] { quantize(folder / "source", folder / "target"); });
+    expect_bad_input({"model.safetensors: ", tensor, "row 0", "NaN or an infinity"},
+                     [&] { quantize(folder / "source", folder / "target"); });
     EXPECT_FALSE(std::filesystem::exists(folder / "target"));
   }
 }

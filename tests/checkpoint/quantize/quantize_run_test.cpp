@@ -18,7 +18,8 @@ namespace fs = std::filesystem;
 std::map<std::string, std::string> content_of(const std::string& folder) {
   std::map<std::string, std::string> files;
   for (const auto& entry : fs::recursive_directory_iterator(folder))
-    if (entry.is_regular_file()) files[entry.path().lexically_relative(folder).string()] = read_bytes(entry.path().string());
+    if (entry.is_regular_file())
+      files[entry.path().lexically_relative(folder).string()] = read_bytes(entry.path().string());
   return files;
 }
 
@@ -198,8 +199,8 @@ TEST_F(Run, AForeignPartialFolderIsLeftAlone) {
 TEST_F(Run, TargetAndSourceMustNotContainEachOther) {
   const auto before = content_of(source_);
   fs::create_directory_symlink(source_, folder_ / "link");
-  for (const std::string& target : {source_, source_ + "/", source_ + "/inside", source_ + "/../source", folder_ / "link",
-                                    folder_.path(), folder_ / "link/deep/er"}) {
+  for (const std::string& target : {source_, source_ + "/", source_ + "/inside", source_ + "/../source",
+                                    folder_ / "link", folder_.path(), folder_ / "link/deep/er"}) {
     options_.target = target;
     options_.overwrite = true;
     expect_error(ErrorKind::kUsage, {}, [&] { quantize_checkpoint(options_); });

@@ -18,7 +18,8 @@ int main(int, char** argv) {
     try {
       call();
     } catch (const std::runtime_error& error) {
-      refused += std::string(error.what()).find(".cpp") == std::string::npos;  // a caller's error, not a broken invariant
+      refused +=
+          std::string(error.what()).find(".cpp") == std::string::npos;  // a caller's error, not a broken invariant
     }
   };
   expect_error([] { dsv4::LanguageModel::open("/nonexistent"); });

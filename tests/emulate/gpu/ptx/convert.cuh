@@ -9,7 +9,9 @@ namespace dsv4::ptx {
 
 inline constexpr bool kHasCvtE2m1 = false;
 inline uint32_t cvt_e2m1x2(float, float) { return 0; }
-inline uint32_t cvt_e4m3x2(float even, float odd) { return encode_e4m3(even) | static_cast<uint32_t>(encode_e4m3(odd)) << 8; }
+inline uint32_t cvt_e4m3x2(float even, float odd) {
+  return encode_e4m3(even) | static_cast<uint32_t>(encode_e4m3(odd)) << 8;
+}
 inline uint32_t bf16_bits(float x) {
   const bf16 value = encode_bf16(x);
   uint16_t bits;

@@ -6,11 +6,14 @@
 namespace dsv4::ptx {
 
 inline emulate::Cta& cta() { return *emulate::machine.current->cta; }
-inline uint32_t smem_offset(const void* pointer) { return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - cta().smem); }
+inline uint32_t smem_offset(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - cta().smem);
+}
 inline uint8_t* dynamic_smem() { return cta().smem; }
 
 inline void complete_if_due(emulate::MemoryBarrier& barrier) {
-  if (barrier.pending == 0 && barrier.bytes == 0) barrier.parity ^= 1, barrier.pending = barrier.arrivals, emulate::machine.progress = true;
+  if (barrier.pending == 0 && barrier.bytes == 0)
+    barrier.parity ^= 1, barrier.pending = barrier.arrivals, emulate::machine.progress = true;
 }
 inline void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   cta().memory_barriers[smem_offset(barrier)] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
@@ -28,8 +31,12 @@ inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 inline void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
 inline void fence_mbarrier_init() {}
 
-inline void named_barrier_sync(uint32_t id, uint32_t threads) { emulate::sync(cta().named[id], static_cast<int>(threads)); }
-inline void named_barrier_arrive(uint32_t id, uint32_t threads) { emulate::arrive(cta().named[id], static_cast<int>(threads)); }
+inline void named_barrier_sync(uint32_t id, uint32_t threads) {
+  emulate::sync(cta().named[id], static_cast<int>(threads));
+}
+inline void named_barrier_arrive(uint32_t id, uint32_t threads) {
+  emulate::arrive(cta().named[id], static_cast<int>(threads));
+}
 inline void cluster_arrive() {
   emulate::Cluster& cluster = *cta().cluster;
   emulate::machine.current->cluster_generation = cluster.barrier.generation;
@@ -50,8 +57,12 @@ void store_async_cluster(uint32_t address, T value, uint32_t barrier) {
   b.bytes -= static_cast<int64_t>(sizeof value);
   complete_if_due(b);
 }
-inline void store_async_cluster_f32(uint32_t address, float value, uint32_t barrier) { store_async_cluster(address, value, barrier); }
-inline void store_async_cluster_f64(uint32_t address, double value, uint32_t barrier) { store_async_cluster(address, value, barrier); }
+inline void store_async_cluster_f32(uint32_t address, float value, uint32_t barrier) {
+  store_async_cluster(address, value, barrier);
+}
+inline void store_async_cluster_f64(uint32_t address, double value, uint32_t barrier) {
+  store_async_cluster(address, value, barrier);
+}
 
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
