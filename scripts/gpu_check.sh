@@ -3,7 +3,7 @@
 #
 #   scripts/gpu_check.sh [--bin DIR] [--no-tests] [--no-sanitize] [--no-bench] [--quick] [--only NAME] [--jobs N]
 #
-# --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib); without it they are built in build/gpu for this machine's card
+# --bin DIR   use the binaries in DIR (and shared libraries in DIR/lib; the commit they were built from in DIR/COMMIT); without it they are built in build/gpu for this machine's card
 #             (needs cmake, nvcc and the packages of cmake/Dsv4Dependencies.cmake; says what is missing before it builds anything)
 # --only NAME build and run only dsv4_tests_gpu_NAME and dsv4_bench_gpu_NAME, where they exist
 # --jobs N    sanitizer runs at a time (half the processors: they are bound by the host); tests and benches have the card to themselves
@@ -64,6 +64,12 @@ fi
 out=${OUT:-$root/docs/results} logs=${OUT:-$root/build/gpu/logs}
 mkdir -p "$out" "$logs"
 [ -d "$bin/lib" ] && export LD_LIBRARY_PATH="$bin/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+
+if [ "$bin" = "$root/build/gpu/bin" ]; then
+  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null)
+else  # the checkout beside carried binaries may be another
+  commit=$(cat "$bin/COMMIT" 2>/dev/null || echo unknown)
+fi
 
 failed=0
 summary=() steps=()
@@ -156,7 +162,7 @@ if [ -n "$bench" ]; then
 fi
 {
   echo "{\"date\": \"$(date -u +%FT%TZ)\", \"device\": \"$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1)\","
-  echo " \"driver\": \"$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)\", \"commit\": \"$(git -C "$root" rev-parse --short HEAD 2>/dev/null)\","
+  echo " \"driver\": \"$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)\", \"commit\": \"$commit\","
   echo " \"steps\": [$(printf '%s,\n  ' "${steps[@]}" | sed '$d' | sed '$s/,$//')]}"
 } >"$out/gpu_check.json"
 echo "---- summary"
