@@ -56,6 +56,7 @@ LIST
   [ -n "$targets" ] || { echo "no target dsv4_tests_gpu_$only or dsv4_bench_gpu_$only" >&2; exit 2; }
   # shellcheck disable=SC2086
   cmake --build "$root/build/gpu" -j "$(nproc)" --target $targets || exit 3
+  built=1
 fi
 if ! compgen -G "$bin/dsv4_tests_gpu_${only:-*}" >/dev/null && ! compgen -G "$bin/dsv4_bench_gpu_${only:-*}" >/dev/null; then
   echo "$bin: expected dsv4_tests_gpu_${only:-*} or dsv4_bench_gpu_${only:-*}, found neither" >&2
@@ -65,11 +66,8 @@ out=${OUT:-$root/docs/results} logs=${OUT:-$root/build/gpu/logs}
 mkdir -p "$out" "$logs"
 [ -d "$bin/lib" ] && export LD_LIBRARY_PATH="$bin/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 
-if [ "$bin" = "$root/build/gpu/bin" ]; then
-  commit=$(git -C "$root" rev-parse --short HEAD 2>/dev/null)
-else  # the checkout beside carried binaries may be another
-  commit=$(cat "$bin/COMMIT" 2>/dev/null || echo unknown)
-fi
+# The checkout beside carried binaries may be another: these say themselves where they come from.
+commit=$(if [ -n "$built" ]; then git -C "$root" describe --always --dirty; else cat "$bin/COMMIT"; fi 2>/dev/null || echo unknown)
 
 failed=0
 summary=() steps=()

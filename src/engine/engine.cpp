@@ -56,6 +56,8 @@ bool Session::sync(std::span<const TokenId> tokens, const Progress& progress) {
       clear();
     }
   }
+  // Stopped between chunks exactly here: the tokens are in the cache, but their logits were never computed.
+  if (tokens_.size() == tokens.size() && logits_.empty()) clear();
   return feed(tokens.subspan(tokens_.size()), progress);
 }
 

@@ -68,6 +68,8 @@ GenerateResult generate(Engine& engine, Session& session, std::span<const TokenI
     throw_bad_input("prompt of {} tokens, the model's max_position_embeddings is {}", prompt.size(),
                     engine.config().max_position);
 
+  engine.model().check_tokens(prompt, 0);  // whole, before a part of it is fed
+
   const Stopwatch prefill;
   const auto feed = [&](std::span<const TokenId> tokens) {
     const int64_t before = result.prefill_tokens;

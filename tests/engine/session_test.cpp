@@ -100,6 +100,18 @@ TEST_F(SessionTest, StoppingAPrefillKeepsAConsistentPrefix) {
   expect_logits(session, all);
 }
 
+// A prefill stopped between chunks has no logits yet; asking for exactly that prefix must compute them, also when it is then marked.
+TEST_F(SessionTest, SyncToWhereAPrefillStoppedHasLogits) {
+  const std::vector<TokenId> all = ids(kText);
+  ASSERT_GT(all.size(), 33u);
+  const std::vector<TokenId> first(all.begin(), all.begin() + 32);  // one chunk
+  Session session(*engine_);
+  EXPECT_FALSE(session.sync(all, [](int64_t done, int64_t) { return done == 0; }));
+  ASSERT_EQ(session.tokens(), first);
+  EXPECT_TRUE(session.sync(first));
+  expect_logits(session, first);
+}
+
 TEST_F(SessionTest, GenerationStopsAtLengthStopStringAndInterruption) {
   const auto prompt = ids("It was late");
   GenerateOptions options;

@@ -205,7 +205,7 @@ TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
     }
 }
 
-// What the quick sum of squares (quantize_kernels.cuh) must leave to the careful one: rows of zeros, subnormals, magnitudes from 2^-133 to
+// What the quick sum of squares (quantize_ring.cuh) must leave to the careful one: rows of zeros, subnormals, magnitudes from 2^-133 to
 // 2^127, infinities and NaN; and tiny elements beside ordinary ones, which it may lose.
 TEST(GpuQuantizeRing, NormalisedRowsOfExtremesEqualReference) {
   DSV4_NEEDS_GPU();

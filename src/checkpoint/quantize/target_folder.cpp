@@ -128,8 +128,12 @@ void TargetFolder::copy_other_files(const std::string& source, const std::set<st
   std::error_code error;
   fs::recursive_directory_iterator it(source, error);
   if (error) throw_filesystem(source, "list", error);
-  for (const fs::recursive_directory_iterator end; it != end; it.increment(error)) {
+  // increment() that fails makes the iterator equal to end: it must not pass for a folder listed to its end.
+  const auto next = [&] {
+    it.increment(error);
     if (error) throw_filesystem(source, "list", error);
+  };
+  for (const fs::recursive_directory_iterator end; it != end; next()) {
     const fs::path relative = it->path().lexically_relative(source);
     const std::string name = it->path().filename().string();
     if (name.starts_with('.')) {

@@ -8,7 +8,8 @@
 namespace dsv4 {
 
 // With context.dependent only value and gate may come from the kernel right before: positions, states, rope_rows, slots and the state itself
-// are read while it still runs.
+// are read while it still runs. So that kernel is neither a prefill, a decode or a reset of the same states; and it lets its own dependents
+// start only after its wait, as every kernel of this library does (what ran before it may have written the state).
 void compress_quantize(const CompressDecodeArgs& args, const GpuContext& context);
 void compress_quantize(const CompressPrefillArgs& args, const GpuContext& context);
 

@@ -115,6 +115,8 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
   DSV4_GPU_REQUIRE("moe", (plan.shared != MoeSharedPlace::kNone) == (args.shared.fc1 != nullptr),
                    "plan for a shared expert: %d, found weights of one: %d", plan.shared != MoeSharedPlace::kNone,
                    args.shared.fc1 != nullptr);
+  DSV4_GPU_REQUIRE("moe", plan.tier != MoeTier::kTiled || plan.shared != MoeSharedPlace::kInLaunch,
+                   "the tiled tier (%s) has no shared expert in its launch: plan it before", plan.workload);
   MoeGpuArgs routed = args;
   if (plan.shared == MoeSharedPlace::kBefore) {
     bf16* shared_y = at<bf16>(args, layout.shared_y);
