@@ -56,14 +56,6 @@ __device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap* map, 
       "l"(map), "r"(c0), "r"(c1), "r"(smem_address(barrier))
       : "memory");
 }
-__device__ __forceinline__ void tma_load_2d(void* smem, const CUtensorMap* map, int32_t c0, int32_t c1,
-                                            uint64_t* barrier, L2Hint hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
-      "%3}], [%4], %5;" ::"r"(smem_address(smem)),
-      "l"(map), "r"(c0), "r"(c1), "r"(smem_address(barrier)), "l"(static_cast<uint64_t>(hint))
-      : "memory");
-}
 // To every CTA whose bit is set in cta_mask, same shared offset and barrier offset in each.
 __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const CUtensorMap* map, int32_t c0, int32_t c1,
                                                       uint64_t* barrier, uint16_t cta_mask) {

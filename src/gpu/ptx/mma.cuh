@@ -5,17 +5,15 @@
 
 namespace dsv4::ptx {
 
-// a: 16 x 16 row-major fragment: words (row, pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4) with row = lane / 4, pair = lane % 4.
-struct MmaA {
-  uint32_t w[4];
-};
-
-// d += a b with b 16 x 8: words of pairs lane % 4 and lane % 4 + 4 of column lane / 4. d: rows lane / 4, lane / 4 + 8, columns 2 (lane % 4), + 1.
-__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const MmaA& a, uint32_t b0, uint32_t b1) {
+// d += a b, bf16 operands. With row = lane / 4, pair = lane % 4:
+//   a[4]    16 x 16: words (row, pair), (row + 8, pair), (row, pair + 4), (row + 8, pair + 4)
+//   b0, b1  16 x 8: pairs pair and pair + 4 of column lane / 4
+//   d[4]    rows row, row + 8, columns 2 pair, 2 pair + 1
+__device__ __forceinline__ void mma_m16n8k16_bf16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b0), "r"(b1));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Harmless work that depends on value: ptxas moves arithmetic behind a wait that follows unless something volatile needs it.

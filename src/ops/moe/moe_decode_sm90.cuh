@@ -58,14 +58,6 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return d;
 }
 
-// mma.sync m16n8k16, BF16 in, FP32 sums d[0..3].
-__device__ __forceinline__ void mma_bf16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Four 8x8 matrices of 16-bit values; lane 8 m + r names row r of matrix m.
 template <int kOffset = 0>
 __device__ __forceinline__ void load_matrix_x4(uint32_t* v, uint32_t address) {

@@ -201,10 +201,10 @@ __device__ __forceinline__ void ring_fetch(RingOperands& o, uint32_t stage_addre
 __device__ __forceinline__ void ring_multiply(const RingOperands& o, float (&sum)[2][4]) {
   uint32_t a[2][2][4];
   decode_block(o.codes, o.scales, a);
-  mma_m16n8k16(sum[0], a[0][0], o.rows[0].x, o.rows[0].y);  // two sums: half the dependent chain
-  mma_m16n8k16(sum[1], a[0][1], o.rows[0].z, o.rows[0].w);
-  mma_m16n8k16(sum[0], a[1][0], o.rows[1].x, o.rows[1].y);
-  mma_m16n8k16(sum[1], a[1][1], o.rows[1].z, o.rows[1].w);
+  ptx::mma_m16n8k16_bf16(sum[0], a[0][0], o.rows[0].x, o.rows[0].y);  // two sums: half the dependent chain
+  ptx::mma_m16n8k16_bf16(sum[1], a[0][1], o.rows[0].z, o.rows[0].w);
+  ptx::mma_m16n8k16_bf16(sum[0], a[1][0], o.rows[1].x, o.rows[1].y);
+  ptx::mma_m16n8k16_bf16(sum[1], a[1][1], o.rows[1].z, o.rows[1].w);
 }
 // The same of half a block of the shared expert.
 template <class Traits>
@@ -218,8 +218,8 @@ __device__ __forceinline__ void ring_fetch_fp8(RingOperands& o, uint32_t stage_a
 __device__ __forceinline__ void ring_multiply_fp8(const RingOperands& o, float (&sum)[2][4]) {
   uint32_t a[2][4];
   decode_fp8_half_block(o.codes, o.scales, a);
-  mma_m16n8k16(sum[0], a[0], o.rows[0].x, o.rows[0].y);
-  mma_m16n8k16(sum[1], a[1], o.rows[0].z, o.rows[0].w);
+  ptx::mma_m16n8k16_bf16(sum[0], a[0], o.rows[0].x, o.rows[0].y);
+  ptx::mma_m16n8k16_bf16(sum[1], a[1], o.rows[0].z, o.rows[0].w);
 }
 template <class Traits>
 __device__ __forceinline__ void ring_stage_fp8(uint32_t stage_address, int halves, int warp, int lane,

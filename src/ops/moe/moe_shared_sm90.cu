@@ -7,6 +7,7 @@
 #include <cooperative_groups.h>
 
 #include "gpu/launch.h"
+#include "gpu/ptx/mma.cuh"
 #include "gpu/ptx/sync.cuh"
 #include "gpu/sm90/wgmma_rs.cuh"
 #include "ops/moe/moe_decode_fp8_sm90.cuh"
@@ -41,12 +42,6 @@ struct Fp8Operand {
   }
 };
 
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ uint32_t transpose_rows(uint32_t v) {
   uint32_t d;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
@@ -99,8 +94,8 @@ __global__ void __launch_bounds__(128 * kGroups, 1) moe_shared_stream_kernel(con
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
           const uint4 v = reinterpret_cast<const uint4*>(args.rows + rows[tile] + block * kMoeBlockCols)[half];
-          mma_m16n8k16(sum[tile], a[0], v.x, v.y);
-          mma_m16n8k16(sum[tile], a[1], v.z, v.w);
+          ptx::mma_m16n8k16_bf16(sum[tile], a[0], v.x, v.y);
+          ptx::mma_m16n8k16_bf16(sum[tile], a[1], v.z, v.w);
         }
       }
     }

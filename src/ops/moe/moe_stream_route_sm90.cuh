@@ -2,7 +2,9 @@
 #pragma once
 
 #include "gpu/ptx/copy.cuh"
+#include "gpu/ptx/mma.cuh"
 #include "gpu/ptx/sync.cuh"
+#include "gpu/sm90/ring.cuh"
 #include "gpu/sm90/spin.cuh"
 #include "ops/moe/moe_decode_fp8_sm90.cuh"
 #include "ops/moe/moe_decode_sm90.cuh"
@@ -15,16 +17,6 @@ namespace dsv4::sm90 {
 // For the bench, what limits the kernel: the same copies and no arithmetic, or the same arithmetic and no weight copies.
 enum class StreamMode { kFull, kWeightsOnly, kMathOnly };
 
-// Position in a ring that wraps.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
 // The shared expert's weights depend on nothing, so they are on their way into L2 while the routing runs and, in a chain of
 // launches, while the kernel before ends: every CTA asks for its part of them. Called by one warp, before any wait.
 __device__ __forceinline__ void prefetch_shared(const MoeStreamArgs& args) {
@@ -35,13 +27,6 @@ __device__ __forceinline__ void prefetch_shared(const MoeStreamArgs& args) {
   };
   prefetch(args.shared.fc1, moe_shared_fc1_bytes(args.shape.hidden, args.shared.inter));
   prefetch(args.shared.fc2, moe_shared_fc2_bytes(args.shape.hidden, args.shared.inter));
-}
-
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts

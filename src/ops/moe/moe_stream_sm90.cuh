@@ -177,8 +177,8 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
                               sf_low, sf_high, a);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            mma_m16n8k16(sum[0][tile], a[0], b.part[tile].x, b.part[tile].y);
-            mma_m16n8k16(sum[kChains - 1][tile], a[1], b.part[tile].z, b.part[tile].w);
+            ptx::mma_m16n8k16_bf16(sum[0][tile], a[0], b.part[tile].x, b.part[tile].y);
+            ptx::mma_m16n8k16_bf16(sum[kChains - 1][tile], a[1], b.part[tile].z, b.part[tile].w);
           }
         }
       }

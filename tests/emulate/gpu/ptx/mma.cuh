@@ -5,12 +5,8 @@
 
 namespace dsv4::ptx {
 
-struct MmaA {
-  uint32_t w[4];
-};
-
-inline void mma_m16n8k16_bf16(float (&d)[4], const MmaA& a, uint32_t b0, uint32_t b1) {
-  const uint64_t own[6] = {a.w[0], a.w[1], a.w[2], a.w[3], b0, b1};
+inline void mma_m16n8k16_bf16(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint64_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const emulate::LaneWords& lanes = emulate::exchange(own, 6);
   const auto half = [](uint64_t pair, int which) {
     return which ? high_bf16(static_cast<uint32_t>(pair)) : low_bf16(static_cast<uint32_t>(pair));

@@ -1,0 +1,110 @@
+// What the roles of the tiled tier share: tasks, and how a CTA's shared memory (up to 227 KB) is divided. moe_tiled_sm90.cuh has the roles.
+#pragma once
+
+#include "gpu/ptx/sync.cuh"
+#include "ops/moe/moe_layout.h"
+#include "ops/moe/moe_sm90.h"
+
+namespace dsv4::sm90 {
+
+struct TiledTask {
+  int tile, block;  // tile < 0: no more tasks
+  int is_fc2;
+  int expert, first_row, rows, padded;
+  int slot;  // its place in the ring of tasks, and the phase of its barriers: math warps have no registers for them
+  uint32_t phase;
+};
+
+constexpr int kMathWarpgroups = 4;
+constexpr int kMathRegisters = 104, kLoaderRegisters = 64;  // 96 at launch, moved by setmaxnreg
+constexpr int kLoaders = 2;                                 // warps that copy weights, and as many that copy rows
+constexpr int kTiledThreads = 128 * kMathWarpgroups + 64 * kLoaders;
+constexpr int kMaxSmem = 227 * 1024;
+
+// At the start of shared memory: barriers and tasks of each list. Nothing of it serves two lists, so all barriers are initialised once, before
+// the roles part.
+constexpr int kMaxStages = 8, kTaskRing = 3;
+template <int kMaxRows>
+struct TiledControl {
+  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t task_full[kTaskRing], task_empty[kTaskRing], meta_full[kTaskRing];
+  TiledTask task[kTaskRing];
+  int32_t slot[kTaskRing][kMaxRows];  // of the task's rows, and their routing weights
+  float rho[kTaskRing][kMaxRows];
+  float alpha[kTaskRing][3];
+};
+struct TiledShared {
+  TiledControl<kTileRows> large;
+  TiledControl<kSmallTileRows> small;
+  TiledControl<kTinyTileRows> tiny;
+};
+constexpr int kHeaderBytes = 6144;
+static_assert(sizeof(TiledShared) <= kHeaderBytes);
+
+// Behind it each list divides what is left into stages: token rows of all, then weights of all.
+template <TileList kList_>
+struct TiledTraits {
+  static constexpr TileList kList = kList_;
+  static constexpr int kMaxRows = kList == TileList::kLarge   ? kTileRows
+                                  : kList == TileList::kSmall ? kSmallTileRows
+                                                              : kTinyTileRows;
+  static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;   // K256, K128
+  static constexpr int kGroupStrips = kList == TileList::kSmall ? 2 : 1;  // of a warpgroup
+  static constexpr int kStrips = kMathWarpgroups * kGroupStrips;          // of a task
+  static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
+  static constexpr int kWeightBytes = kStrips * kStripStageBytes;
+  static constexpr int kBlockPitch = kMaxRows * 128;  // from the rows of one block to those of the next
+  static constexpr int kRowBytes = kStageBlocks * kBlockPitch;
+  static constexpr int kStages = (kMaxSmem - kHeaderBytes) / (kWeightBytes + kRowBytes);
+  static constexpr int kWeightsAt = kHeaderBytes + kStages * kRowBytes;
+  static constexpr int kSmemBytes = kWeightsAt + kStages * kWeightBytes;
+  static_assert(kStages <= kMaxStages && kRowBytes % 1024 == 0 && kSmemBytes <= kMaxSmem);
+};
+
+// A value every lane has: into a uniform register, where wgmma wants its descriptors (a third of the ALU work was theirs).
+template <class V>
+__device__ __forceinline__ V uniform(V v) {
+  return __shfl_sync(0xffffffffu, v, 0);
+}
+
+template <class T>
+__device__ __forceinline__ auto& tiled_control(TiledShared& shared) {
+  if constexpr (T::kList == TileList::kLarge)
+    return shared.large;
+  else if constexpr (T::kList == TileList::kSmall)
+    return shared.small;
+  else
+    return shared.tiny;
+}
+template <class T>
+__device__ __forceinline__ uint8_t* tiled_rows(TiledShared& shared, int stage) {
+  return reinterpret_cast<uint8_t*>(&shared) + kHeaderBytes + stage * T::kRowBytes;
+}
+template <class T>
+__device__ __forceinline__ uint8_t* tiled_weights(TiledShared& shared, int stage) {
+  return reinterpret_cast<uint8_t*>(&shared) + T::kWeightsAt + stage * T::kWeightBytes;
+}
+
+struct TiledWork {  // what all roles derive from a task
+  int blocks, strips, first_strip, num_strips;
+  const uint8_t* weights;
+};
+template <class T>
+__device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const TiledTask& task) {
+  TiledWork work;
+  work.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
+  work.strips = static_cast<int>(task.is_fc2 ? moe_fc2_strips(args.shape.hidden) : moe_fc1_strips(args.shape.inter));
+  work.first_strip = task.block * T::kStrips;
+  work.num_strips = min(T::kStrips, work.strips - work.first_strip);
+  work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
+                 (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
+  return work;
+}
+
+// Strips of fc1 that are finished for the task's tile.
+template <class T>
+__device__ __forceinline__ uint32_t& tiled_done(const MoeTiledArgs& args, const TiledTask& task) {
+  return args.routing.tile_done[static_cast<int>(T::kList) * args.routing.max_tiles + task.tile];
+}
+
+}  // namespace dsv4::sm90
