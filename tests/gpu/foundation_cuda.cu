@@ -63,6 +63,7 @@ __global__ void bulk_round_trip_kernel(const uint8_t* from, uint8_t* to, int byt
 
 __global__ void add_one_kernel(int32_t* values, int count) {
   ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();  // the next launch starts while this one still writes; its wait must hold it
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < count;
        i += static_cast<int>(gridDim.x * blockDim.x))
     ++values[i];

@@ -32,7 +32,7 @@ struct ExpertWeights {
 
 struct MoeArgs {
   const float* x;                // [num_tokens, hidden]    bf16 values outside exact mode
-  const int32_t* topk_idx;       // [num_tokens, num_topk]  expert id, -1 = slot unused
+  const int32_t* topk_idx;       // [num_tokens, num_topk]  expert id, -1 = slot unused; anything else throws
   const float* topk_weights;     // [num_tokens, num_topk]  normalised and scaled by the router
   float* y;                      // [num_tokens, hidden]    must not alias x
   const ExpertWeights* experts;  // [num_experts]

@@ -1,4 +1,5 @@
 // What the Hopper MoE kernels take, and their launchers. moe_gpu.cpp chooses by MoePlan and lays out the workspace.
+// Oracle of these kernels and of the CPU's moe: tests/gpu/moe_reference.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
