@@ -53,6 +53,25 @@ using DeviceBuffer = BasicBuffer<detail::allocate_device, detail::free_device>; 
 using PinnedBuffer =
     BasicBuffer<detail::allocate_pinned, detail::free_pinned>;  // host memory the copy engines reach directly
 
+// Device memory from a multiple of `alignment` on, a power of two.
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+  AlignedBuffer(int64_t bytes, int64_t alignment)
+      : memory_(bytes + alignment - 256),
+        begin_((alignment - reinterpret_cast<intptr_t>(memory_.data()) % alignment) % alignment),
+        bytes_(bytes) {}
+  int64_t bytes() const { return bytes_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(memory_.as<char>() + begin_);
+  }
+
+ private:
+  DeviceBuffer memory_;
+  int64_t begin_ = 0, bytes_ = 0;
+};
+
 inline void copy_to_device(void* device, const void* host, int64_t bytes, cudaStream_t stream) {
   DSV4_CUDA(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream));
 }

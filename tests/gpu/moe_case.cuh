@@ -118,7 +118,9 @@ inline SharedExpert make_shared_expert(int hidden, int inter, uint64_t seed, cud
 struct ExpertSet {
   CaseShape shape{};
   DeviceBuffer codes[3], sf[3], globals;  // w1, w3, w2
-  DeviceBuffer fc1, fc2, alpha;
+  gpu::AlignedBuffer fc1, fc2;
+  DeviceBuffer sides1, sides2, alpha;
+  gpu::SmSides sms;
   std::vector<float> host_globals;
   unsigned long long wrong_weights = 0;  // that decode to another value than the linear form
   SharedExpert shared;                   // used by tiers with shared_inter
@@ -136,7 +138,12 @@ struct ExpertSet {
             shape.experts,
             shape.topk};
   }
-  sm90::MoeExperts packed() const { return {fc1.as<uint8_t>(), fc2.as<uint8_t>(), alpha.as<float>()}; }
+  sm90::MoeSides sides() const { return {sides1.as<uint16_t>(), sides2.as<uint16_t>(), sms}; }
+  sm90::MoeExperts packed() const { return {fc1.as<uint8_t>(), fc2.as<uint8_t>(), alpha.as<float>(), sides()}; }
+  void pack(int e, cudaStream_t stream) {
+    sm90::pack_moe_expert(expert(e), shape.hidden, shape.inter, e, fc1.as<uint8_t>(), fc2.as<uint8_t>(),
+                          alpha.as<float>(), sides(), stream);
+  }
   sm90::MoeLinearExpert expert(int e) const {
     const int64_t per = int64_t(shape.hidden) * shape.inter;
     const auto matrix = [&](int i) {
@@ -152,7 +159,29 @@ enum class ScaleRange {
   kAll
 };  // 24 codes from 32 to 240, one global for all; every finite code, three globals per expert
 
-inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange range, cudaStream_t stream) {
+// Where weights lie and which side SMs are on: as found on this GPU, not known, or anything (results may not depend on it).
+enum class SideSource { kFound, kNone, kRandom };
+
+inline void make_sides(ExpertSet& set, SideSource source, cudaStream_t stream) {
+  if (source == SideSource::kNone) return;
+  static const gpu::SmSides found = gpu::find_sm_sides(stream);
+  const auto words_of = [&](const gpu::AlignedBuffer& matrices, uint64_t seed) {
+    const int64_t count = matrices.bytes() / kMoeSlabPairBytes;
+    DeviceBuffer words(count * 2);
+    if (source == SideSource::kRandom)
+      fill_random_codes<<<64, 256, 0, stream>>>(words.as<uint8_t>(), count * 2, 0, 256, seed);
+    else
+      sm90::find_moe_sides(found, matrices.as<uint8_t>(), matrices.bytes(), words.as<uint16_t>(), stream);
+    return words;
+  };
+  set.sides1 = words_of(set.fc1, 77), set.sides2 = words_of(set.fc2, 78);
+  set.sms = found;
+  if (source == SideSource::kRandom)
+    for (uint32_t i = 0; i < std::size(set.sms.bits); ++i) set.sms.bits[i] = static_cast<uint32_t>(mix(i));
+}
+
+inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange range, cudaStream_t stream,
+                              SideSource sides = SideSource::kFound) {
   ExpertSet set;
   set.shape = shape;
   const bool all = range == ScaleRange::kAll;
@@ -172,16 +201,16 @@ inline ExpertSet make_experts(const CaseShape& shape, uint64_t seed, ScaleRange 
   }
   set.globals = DeviceBuffer(12 * shape.experts);
   gpu::copy_to_device(set.globals.data(), set.host_globals.data(), 12 * shape.experts, stream);
-  set.fc1 = DeviceBuffer(shape.experts * moe_fc1_bytes(shape.hidden, shape.inter));
-  set.fc2 = DeviceBuffer(shape.experts * moe_fc2_bytes(shape.hidden, shape.inter));
+  set.fc1 = gpu::AlignedBuffer(shape.experts * moe_fc1_bytes(shape.hidden, shape.inter), kMoeChunkPairBytes);
+  set.fc2 = gpu::AlignedBuffer(shape.experts * moe_fc2_bytes(shape.hidden, shape.inter), kMoeChunkPairBytes);
+  make_sides(set, sides, stream);
   set.alpha = DeviceBuffer(12 * shape.experts);
   DeviceBuffer wrong(8);
   gpu::fill(wrong.data(), 0, 8, stream);
   for (int e = 0; e < shape.experts; ++e) {
-    sm90::pack_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(),
-                          set.alpha.as<float>(), stream);
+    set.pack(e, stream);
     sm90::verify_moe_expert(set.expert(e), shape.hidden, shape.inter, e, set.fc1.as<uint8_t>(), set.fc2.as<uint8_t>(),
-                            set.alpha.as<float>(), wrong.as<unsigned long long>(), stream);
+                            set.alpha.as<float>(), set.sides(), wrong.as<unsigned long long>(), stream);
   }
   gpu::copy_to_host(&set.wrong_weights, wrong.data(), 8, stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));

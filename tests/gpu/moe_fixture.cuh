@@ -24,8 +24,8 @@ class MoeGpu : public ::testing::Test {
   }
 
   // Random experts: every finite scale incl. 0 and subnormals, three different globals per expert.
-  void use(const CaseShape& shape, ScaleRange range = ScaleRange::kAll) {
-    experts = make_experts(shape, 10, range, stream().get());
+  void use(const CaseShape& shape, ScaleRange range = ScaleRange::kAll, SideSource sides = SideSource::kFound) {
+    experts = make_experts(shape, 10, range, stream().get(), sides);
     ASSERT_EQ(experts.wrong_weights, 0u) << "weights that decode to another value";
   }
   void use_shared(int inter) {

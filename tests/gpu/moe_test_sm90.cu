@@ -68,11 +68,33 @@ TEST_F(MoeGpu, GlobalsOfEveryMatrixAreItsOwn) {
     experts.host_globals[3 * e] *= e % 2 ? 0.125f : 3.0f;
     experts.host_globals[3 * e + 1] *= e % 3 ? 1.7f : 0.03f;
     experts.host_globals[3 * e + 2] *= 1.0f + 0.37f * e;
-    sm90::pack_moe_expert(experts.expert(e), experts.shape.hidden, experts.shape.inter, e, experts.fc1.as<uint8_t>(),
-                          experts.fc2.as<uint8_t>(), experts.alpha.as<float>(), stream().get());
+    experts.pack(e, stream().get());
   }
   gpu::copy_to_device(experts.globals.data(), experts.host_globals.data(), experts.globals.bytes(), stream().get());
   for (const int64_t tokens : {4, 90}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));
+}
+
+// Where weights lie and which CTA takes which task changes no bit, also when both are wrong about the L2.
+TEST_F(MoeGpu, SidesOfTheL2ChangeNoBits) {
+  for (const CaseShape& s :
+       {*find_case_shape("odd"), *find_case_shape("wide"), CaseShape{"2048/12", 2048, 1024, 12, 6}})
+    for (const int64_t tokens : {2, 12, 300}) {
+      const auto outputs = [&](SideSource sides) {
+        use(s, ScaleRange::kAll, sides);
+        const Layer l = layer(tokens, Routing::kZipf, true);
+        std::vector<DeviceBuffer> y;
+        for (const Tier& tier : {Tier{"ring"}, Tier{"stream"}, Tier{"tiled"}, Tier{"tiled", ActFormat::kNvfp4}})
+          if (tier_can_run(s, tokens, tier)) y.push_back(run(l, tier));
+        return y;
+      };
+      const std::vector<DeviceBuffer> known = outputs(SideSource::kFound), unknown = outputs(SideSource::kNone),
+                                      random = outputs(SideSource::kRandom);
+      for (size_t i = 0; i < known.size(); ++i) {
+        SCOPED_TRACE(::testing::Message() << s.name << ", " << tokens << " tokens, tier " << i);
+        expect_same(known[i], unknown[i], "sides not known");
+        expect_same(known[i], random[i], "random sides");
+      }
+    }
 }
 
 TEST_F(MoeGpu, FlashShape) {

@@ -2,8 +2,9 @@
 //
 //   dsv4_bench_gpu_moe [--quick] [--json FILE]   ceilings, then the Flash layer (scripts/gpu_check.sh)
 //   dsv4_bench_gpu_moe time SHAPE [--only T,..] [--routing uniform,zipf] [--tier auto,before,ring,stream,tiled] [--act a16|a4]
-//                        [--samples N] [--read 0|1] [--parts 0|1] [--shared 0|1] [--apart 0|1] [--ceilings 0|1] [--json FILE]
-//                        (tier before: auto, the shared expert in launches before; apart: a small kernel between layers)
+//                        [--samples N] [--read 0|1] [--parts 0|1] [--shared 0|1] [--apart 0|1] [--sides 0|1] [--ceilings 0|1] [--json FILE]
+//                        (tier before: auto, the shared expert in launches before; apart: a small kernel between layers; sides 0: weights placed without regard to
+//                         the sides of the L2)
 //   dsv4_bench_gpu_moe check [seed]        many shapes, token counts and routings, every tier, a16 and a4
 //   dsv4_bench_gpu_moe fuzz N [SHAPE]      N random (T, routing) cases
 //   dsv4_bench_gpu_moe run SHAPE T TIER    three plain launches, for profilers
@@ -91,6 +92,8 @@ int run_mode(const std::vector<std::string>& args) {
       options.parts = value == "1";
     } else if (key == "--shared") {
       options.shared = value == "1";
+    } else if (key == "--sides") {
+      options.sides = value == "1";
     } else if (key == "--apart") {
       options.apart = value == "1";
     } else if (key == "--ceilings") {

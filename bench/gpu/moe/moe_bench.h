@@ -44,6 +44,7 @@ struct MoeTimeOptions {
   std::vector<std::string> tiers{"auto"};  // auto, ring, stream, tiled
   bool a4 = false;
   bool shared = false;    // with the FP8 shared expert
+  bool sides = true;      // weights and tasks placed by the sides of the L2
   bool apart = false;     // another kernel between layers, so that none starts early
   bool read_only = true;  // also time a kernel that only reads the same weights
   bool parts = false;     // ring and streaming tier: also their loads without arithmetic and the reverse

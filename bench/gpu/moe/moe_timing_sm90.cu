@@ -97,7 +97,8 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings,
               const std::function<void(const MoeTimeRow&)>& report) {
   gpu::Stream stream;
   const CaseShape& s = shape_named(options.shape);
-  const ExpertSet m = make_experts(s, 11, ScaleRange::kMiddle, stream.get());
+  const ExpertSet m =
+      make_experts(s, 11, ScaleRange::kMiddle, stream.get(), options.sides ? SideSource::kFound : SideSource::kNone);
   DSV4_GPU_REQUIRE("moe_bench", m.wrong_weights == 0, "%llu packed weights decode to another value", m.wrong_weights);
   // Six shared experts in turn: more than L2 holds.
   std::vector<SharedExpert> shared;

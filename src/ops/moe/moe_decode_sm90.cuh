@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "ops/moe/moe_layout.h"
 
@@ -78,10 +80,25 @@ __device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
   asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
+__device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
   return v;
+}
+
+template <class F, int... kI>
+__device__ __forceinline__ void static_for_each(std::integer_sequence<int, kI...>, const F& f) {
+  (f(std::integral_constant<int, kI>{}), ...);
+}
+// f(0), f(1), ..., f(kCount - 1), the argument known at compile time.
+template <int kCount, class F>
+__device__ __forceinline__ void static_for(const F& f) {
+  static_for_each(std::make_integer_sequence<int, kCount>{}, f);
 }
 
 }  // namespace dsv4::sm90

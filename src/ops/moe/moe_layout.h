@@ -1,10 +1,10 @@
 // The kernel form of NVFP4 expert weights on Hopper: which code and scale bit lies where. Shared by packer, kernels, tests.
 //
-// A matrix [rows, cols] is cut into strips of 64 rows, a strip into blocks of 64 columns; blocks of a strip are contiguous.
-// One block, 2304 bytes = 2048 of codes + 256 of scales, is the A operand of four k16 matrix instructions (m64k16 wgmma, or
-// m16k16 mma.sync per warp) in exactly the order in which the 128 threads of a warpgroup want it:
+// A matrix [rows, cols] is cut into strips of 64 rows, a strip into blocks of 64 columns. One block, 2048 bytes of codes and 256
+// of scales, is the A operand of four k16 matrix instructions (m64k16 wgmma, or m16k16 mma.sync per warp) in exactly the order in
+// which the 128 threads of a warpgroup want it:
 //
-//   thread (warp w, g = lane / 4, t = lane % 4): 16 bytes of codes at 16 * thread, 2 bytes of scales at 2048 + 2 * thread
+//   thread (warp w, g = lane / 4, t = lane % 4): 16 bytes of codes at 16 * thread, 2 bytes of scales at 4 * thread
 //   word 0, 1: row g of the warp's 16, word 2, 3: row g + 8; columns 16 t .. 16 t + 15 of the block: one scale group
 //   scale byte 0: row g, byte 1: row g + 8
 //
@@ -15,6 +15,13 @@
 // Scale byte: ue5m3, 2^(E - 21) * (1 + m / 8): ue4m3 with its subnormals normalised, so that bf16(0x7000 | byte << 4) is
 // sf * 2^118. A code becomes bf16 e2m1 * 2^-126 (subnormals included) by moving its bits to 15 and 8..6; the bf16 product
 // is e2m1 * sf * 2^-8, exact (6 significant bits). alpha carries the 2^8.
+//
+// Where blocks lie follows from the two halves of the L2 (gpu/l2_sides.h): memory changes sides every 4 KiB, and every task should
+// read one side only. Four strips, a group, times four blocks are a slab, 9 chunks of 4 KiB: chunk 2 r + h has the codes of strip r,
+// blocks 2 h and 2 h + 1; chunk 8 the scales, [h][strip][thread][block of the two][2]: one 4-byte load for two blocks. Of every 16 strips the first 8 belong to side 0, the
+// others to side 1; the slabs of groups g and g + 2 share nine pairs of chunks, each taking from every pair the chunk at home on its side. A
+// word per pair of slabs says which that is: bit i, the side of the first chunk of pair i. Without words (all 0) everything works, near
+// or far as it comes. Matrices are stored as if their rows were a multiple of 1024 and their columns of 256; padding columns are zeros.
 #pragma once
 
 #include <cstdint>
@@ -25,16 +32,66 @@ namespace dsv4 {
 
 constexpr int kMoeBlockCols = 64;
 constexpr int kMoeBlockCodeBytes = 2048;
-constexpr int kMoeBlockBytes = kMoeBlockCodeBytes + 256;
+constexpr int kMoeBlockScaleBytes = 256;
+constexpr int kMoeBlockBytes = kMoeBlockCodeBytes + kMoeBlockScaleBytes;
 constexpr float kMoeAlphaScale = 256.0f;  // 2^8, see above
 
 DSV4_HD constexpr int64_t moe_fc1_strips(int64_t inter) { return inter / 32; }  // 32 gate and 32 up rows a strip
 DSV4_HD constexpr int64_t moe_fc2_strips(int64_t hidden) { return hidden / 64; }
+
+// ---- places ----
+
+constexpr int64_t kMoeChunkBytes = 4096, kMoeChunkPairBytes = 2 * kMoeChunkBytes;
+constexpr int kMoeGroupStrips = 4, kMoeSlabBlocks = 4;
+constexpr int kMoeScaleChunk = 8;  // of a slab; chunks 0..7 hold codes
+constexpr int64_t kMoeSlabPairBytes = 9 * kMoeChunkPairBytes;
+constexpr int kMoePairScaleBytes = 2 * kMoeBlockScaleBytes;                   // of two blocks
+constexpr int kMoeHalfSlabScaleBytes = kMoeGroupStrips * kMoePairScaleBytes;  // of those of four strips
+
+DSV4_HD constexpr int moe_groups(int64_t strips) { return static_cast<int>((strips + 3) / 4); }
+DSV4_HD constexpr int moe_slab_cols(int64_t cols) { return static_cast<int>((cols + 255) / 256); }
+DSV4_HD constexpr int moe_group_side(int group) { return group >> 1 & 1; }
+// Groups of a side, and the i-th of them.
+DSV4_HD constexpr int moe_groups_of_side(int groups, int side) {
+  const int rest = (groups & 3) - 2 * side;
+  return (groups >> 2) * 2 + (rest < 0 ? 0 : rest > 2 ? 2 : rest);
+}
+DSV4_HD constexpr int moe_group_of_side(int side, int i) { return (i >> 1) * 4 + side * 2 + (i & 1); }
+
+// Pairs of slabs, and words, of a matrix of an expert; the pair of a group's first slab, whose others follow.
+DSV4_HD constexpr int64_t moe_slab_pairs(int64_t strips, int64_t cols) {
+  return (strips + 15) / 16 * 2 * moe_slab_cols(cols);
+}
+DSV4_HD constexpr int64_t moe_first_slab_pair(int group, int slab_cols) {
+  return static_cast<int64_t>((group >> 2) * 2 + (group & 1)) * slab_cols;
+}
+// What a group's word must be combined with: bit i of the result moves chunk i of its slab from the first to the second place of the pair.
+DSV4_HD constexpr uint32_t moe_chunk_bits(uint32_t word, int group) {
+  return moe_group_side(group) ? word ^ 0x1ff : word;
+}
+
+// Bytes from the pair's begin to codes and scales of a block.
+struct MoeBlockPlace {
+  int64_t codes, scales;
+};
+DSV4_HD constexpr MoeBlockPlace moe_block_place(int strip, int block, uint32_t chunk_bits) {
+  const int r = strip % kMoeGroupStrips, half = block % kMoeSlabBlocks / 2, chunk = 2 * r + half;
+  return {chunk * kMoeChunkPairBytes + (chunk_bits >> chunk & 1) * kMoeChunkBytes + block % 2 * kMoeBlockCodeBytes,
+          kMoeScaleChunk * kMoeChunkPairBytes + (chunk_bits >> kMoeScaleChunk & 1) * kMoeChunkBytes +
+              half * kMoeHalfSlabScaleBytes + r * kMoePairScaleBytes + block % 2 * 2};
+}
+
+DSV4_HD constexpr int64_t moe_fc1_slab_pairs(int64_t hidden, int64_t inter) {
+  return moe_slab_pairs(moe_fc1_strips(inter), hidden);
+}
+DSV4_HD constexpr int64_t moe_fc2_slab_pairs(int64_t hidden, int64_t inter) {
+  return moe_slab_pairs(moe_fc2_strips(hidden), inter);
+}
 DSV4_HD constexpr int64_t moe_fc1_bytes(int64_t hidden, int64_t inter) {
-  return moe_fc1_strips(inter) * (hidden / kMoeBlockCols) * kMoeBlockBytes;
+  return moe_fc1_slab_pairs(hidden, inter) * kMoeSlabPairBytes;
 }
 DSV4_HD constexpr int64_t moe_fc2_bytes(int64_t hidden, int64_t inter) {
-  return moe_fc2_strips(hidden) * (inter / kMoeBlockCols) * kMoeBlockBytes;
+  return moe_fc2_slab_pairs(hidden, inter) * kMoeSlabPairBytes;
 }
 
 // ---- rows ----

@@ -1,5 +1,9 @@
 // Packing of expert weights and its check. A warpgroup of threads per 64x64 block, in the order the kernels read.
+#include <vector>
+
 #include "codec/e4m3.h"
+#include "gpu/buffer.h"
+#include "gpu/l2_sides.h"
 #include "gpu/launch.h"
 #include "ops/moe/moe_decode_sm90.cuh"
 #include "ops/moe/moe_pack_sm90.h"
@@ -12,6 +16,8 @@ struct PackArgs {
   int hidden, inter;
   uint8_t* fc1;
   uint8_t* fc2;
+  const uint16_t* sides1;  // of this expert, or nullptr
+  const uint16_t* sides2;
   float* alpha;
   unsigned long long* mismatches;
 };
@@ -28,16 +34,29 @@ __device__ SourceRow source_row(const PackArgs& args, bool is_fc2, int strip, in
   return {m.codes + row * (cols / 2), m.sf + row * (cols / 16)};
 }
 
-// blockIdx.x: blocks of fc1, then blocks of fc2. kVerify: compare instead of writing.
+// blockIdx.x: blocks of fc1 as stored, with padding, then blocks of fc2. kVerify: compare instead of writing.
+constexpr int64_t kBlocksPerPair = 2 * kMoeGroupStrips * kMoeSlabBlocks;
 template <bool kVerify>
 __global__ void __launch_bounds__(128) moe_pack_kernel(PackArgs args) {
-  const int64_t blocks1 = moe_fc1_strips(args.inter) * (args.hidden / kMoeBlockCols);
+  const int64_t blocks1 = moe_fc1_slab_pairs(args.hidden, args.inter) * kBlocksPerPair;
   const bool is_fc2 = blockIdx.x >= blocks1;
-  const int64_t block = is_fc2 ? blockIdx.x - blocks1 : blockIdx.x;
-  const int per_strip = (is_fc2 ? args.inter : args.hidden) / kMoeBlockCols;
-  const int strip = static_cast<int>(block / per_strip), k64 = static_cast<int>(block % per_strip);
+  const int64_t stored = is_fc2 ? blockIdx.x - blocks1 : blockIdx.x;
+  const int cols = is_fc2 ? args.inter : args.hidden, slab_cols = moe_slab_cols(cols);
+  const int per_strip = slab_cols * kMoeSlabBlocks;
+  const int strip = static_cast<int>(stored / per_strip), k64 = static_cast<int>(stored % per_strip);
+  const int group = strip / kMoeGroupStrips;
+  const int64_t pair = moe_first_slab_pair(group, slab_cols) + k64 / kMoeSlabBlocks;
+  const uint16_t* sides = is_fc2 ? args.sides2 : args.sides1;
+  const MoeBlockPlace place = moe_block_place(strip, k64, moe_chunk_bits(sides ? sides[pair] : 0, group));
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  uint8_t* target = (is_fc2 ? args.fc2 : args.fc1) + block * kMoeBlockBytes;
+  uint8_t* slab_pair = (is_fc2 ? args.fc2 : args.fc1) + pair * kMoeSlabPairBytes;
+  uint4* packed_codes = reinterpret_cast<uint4*>(slab_pair + place.codes) + threadIdx.x;
+  uint16_t* packed_scales = reinterpret_cast<uint16_t*>(slab_pair + place.scales) + 2 * threadIdx.x;
+  const int64_t strips = is_fc2 ? moe_fc2_strips(args.hidden) : moe_fc1_strips(args.inter);
+  if (strip >= strips || k64 >= cols / kMoeBlockCols) {  // padding: columns are multiplied with, by whatever numbers
+    if (!kVerify) *packed_codes = make_uint4(0, 0, 0, 0), *packed_scales = 0;
+    return;
+  }
   uint32_t words[4];
   uint8_t sf[2], linear_sf[2], codes[2][16];
   for (int half = 0; half < 2; ++half) {
@@ -57,9 +76,8 @@ __global__ void __launch_bounds__(128) moe_pack_kernel(PackArgs args) {
       words[2 * half + 1] = moe_pack_codes(codes[half] + 8);
       sf[half] = moe_pack_sf(linear_sf[half]);
     }
-    *reinterpret_cast<uint4*>(target + threadIdx.x * 16) = make_uint4(words[0], words[1], words[2], words[3]);
-    *reinterpret_cast<uint16_t*>(target + kMoeBlockCodeBytes + threadIdx.x * 2) =
-        static_cast<uint16_t>(sf[0] | sf[1] << 8);
+    *packed_codes = make_uint4(words[0], words[1], words[2], words[3]);
+    *packed_scales = static_cast<uint16_t>(sf[0] | sf[1] << 8);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       args.alpha[0] = args.gate.global.value;
       args.alpha[1] = args.up.global.value;
@@ -67,8 +85,7 @@ __global__ void __launch_bounds__(128) moe_pack_kernel(PackArgs args) {
     }
   } else {
     uint32_t a[2][2][4];
-    const uint4 packed = *reinterpret_cast<const uint4*>(target + threadIdx.x * 16);
-    decode_block(packed, *reinterpret_cast<const uint16_t*>(target + kMoeBlockCodeBytes + threadIdx.x * 2), a);
+    decode_block(*packed_codes, *packed_scales, a);
     int wrong = 0;
     for (int half = 0; half < 2; ++half)
       for (int e = 0; e < 16; ++e) {  // element e = 4 step + 2 j + i
@@ -88,36 +105,56 @@ template <bool kVerify>
 void run(const PackArgs& args, cudaStream_t stream) {
   DSV4_GPU_REQUIRE("pack_moe", args.hidden % 64 == 0 && args.inter % 64 == 0, "hidden %d, inter %d: multiples of 64",
                    args.hidden, args.inter);
+  DSV4_GPU_REQUIRE("pack_moe",
+                   reinterpret_cast<uintptr_t>(args.fc1) % kMoeChunkPairBytes == 0 &&
+                       reinterpret_cast<uintptr_t>(args.fc2) % kMoeChunkPairBytes == 0,
+                   "fc1 at %p, fc2 at %p, expected multiples of %lld", args.fc1, args.fc2,
+                   static_cast<long long>(kMoeChunkPairBytes));
   gpu::LaunchConfig config;
   config.grid = static_cast<unsigned>(
-      (moe_fc1_bytes(args.hidden, args.inter) + moe_fc2_bytes(args.hidden, args.inter)) / kMoeBlockBytes);
+      (moe_fc1_slab_pairs(args.hidden, args.inter) + moe_fc2_slab_pairs(args.hidden, args.inter)) * kBlocksPerPair);
   config.block = 128;
   config.stream = stream;
   gpu::launch(moe_pack_kernel<kVerify>, config, args);
 }
 
 PackArgs pack_args(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, const uint8_t* fc1,
-                   const uint8_t* fc2, const float* alpha, unsigned long long* mismatches) {
-  return {expert.w1,
-          expert.w3,
-          expert.w2,
-          static_cast<int>(hidden),
-          static_cast<int>(inter),
-          const_cast<uint8_t*>(fc1) + index * moe_fc1_bytes(hidden, inter),
-          const_cast<uint8_t*>(fc2) + index * moe_fc2_bytes(hidden, inter),
-          const_cast<float*>(alpha) + index * 3,
-          mismatches};
+                   const uint8_t* fc2, const float* alpha, const MoeSides& sides, unsigned long long* mismatches) {
+  PackArgs args{};
+  args.gate = expert.w1, args.up = expert.w3, args.down = expert.w2;
+  args.hidden = static_cast<int>(hidden), args.inter = static_cast<int>(inter);
+  args.fc1 = const_cast<uint8_t*>(fc1) + index * moe_fc1_bytes(hidden, inter);
+  args.fc2 = const_cast<uint8_t*>(fc2) + index * moe_fc2_bytes(hidden, inter);
+  if (sides.fc1) args.sides1 = sides.fc1 + index * moe_fc1_slab_pairs(hidden, inter);
+  if (sides.fc2) args.sides2 = sides.fc2 + index * moe_fc2_slab_pairs(hidden, inter);
+  args.alpha = const_cast<float*>(alpha) + index * 3;
+  args.mismatches = mismatches;
+  return args;
 }
 
 }  // namespace
 
+void find_moe_sides(const gpu::SmSides& sms, uint8_t* matrices, int64_t bytes, uint16_t* words, cudaStream_t stream) {
+  constexpr int64_t kPairsOfChunks = kMoeSlabPairBytes / kMoeChunkPairBytes;
+  static_assert(kMoeChunkBytes == gpu::kL2ChunkBytes);
+  const int64_t slab_pairs = bytes / kMoeSlabPairBytes;
+  const std::vector<uint8_t> sides = gpu::find_chunk_sides(sms, matrices, slab_pairs * 2 * kPairsOfChunks, stream);
+  std::vector<uint16_t> host(static_cast<size_t>(slab_pairs));
+  for (int64_t i = 0; i < slab_pairs * kPairsOfChunks; ++i)
+    host[static_cast<size_t>(i / kPairsOfChunks)] |=
+        static_cast<uint16_t>(sides[static_cast<size_t>(2 * i)] << (i % kPairsOfChunks));
+  gpu::copy_to_device(words, host.data(), slab_pairs * 2, stream);
+  DSV4_CUDA(cudaStreamSynchronize(stream));  // host goes away
+}
+
 void pack_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, uint8_t* fc1,
-                     uint8_t* fc2, float* alpha, cudaStream_t stream) {
-  run<false>(pack_args(expert, hidden, inter, index, fc1, fc2, alpha, nullptr), stream);
+                     uint8_t* fc2, float* alpha, const MoeSides& sides, cudaStream_t stream) {
+  run<false>(pack_args(expert, hidden, inter, index, fc1, fc2, alpha, sides, nullptr), stream);
 }
 void verify_moe_expert(const MoeLinearExpert& expert, int64_t hidden, int64_t inter, int64_t index, const uint8_t* fc1,
-                       const uint8_t* fc2, const float* alpha, unsigned long long* mismatches, cudaStream_t stream) {
-  run<true>(pack_args(expert, hidden, inter, index, fc1, fc2, alpha, mismatches), stream);
+                       const uint8_t* fc2, const float* alpha, const MoeSides& sides, unsigned long long* mismatches,
+                       cudaStream_t stream) {
+  run<true>(pack_args(expert, hidden, inter, index, fc1, fc2, alpha, sides, mismatches), stream);
 }
 
 }  // namespace dsv4::sm90

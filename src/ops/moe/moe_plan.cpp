@@ -30,7 +30,8 @@ MoePlan plan_moe(const MoePlanInput& in) {
   plan.ctas = in.num_sms - in.reserved_sms;
   const int64_t slots = in.num_tokens * in.num_topk;
   const int64_t fc1_tasks = slots * ((moe_fc1_strips(in.inter) + 3) / 4);  // if no two tokens share an expert
-  if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots) {
+  if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots ||
+      std::max(in.hidden, in.inter) > sm90::kStreamMaxColumns) {
     plan.tier = MoeTier::kTiled;
     plan.workload = in.act != ActFormat::kBf16 ? "a4, any number of tokens"
                                                : "prefill and large decode batches: decoding once per tile pays";

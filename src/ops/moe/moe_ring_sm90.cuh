@@ -27,6 +27,8 @@ struct RingTraits {
   static constexpr int kBuffers = 4;  // tasks whose sums may wait for them
   static constexpr int kThreads = 32 * (kMathWarps + kFinishWarps + 2 * kLoaders);
   static constexpr int kStageBlocks = 4;  // K256
+  static_assert(kStageBlocks == kMoeSlabBlocks);
+  static constexpr int kScalesAt = kStageBlocks * kMoeBlockCodeBytes;  // behind the codes of all
   static constexpr int kWeightBytes = kStageBlocks * kMoeBlockBytes;
   static constexpr int kRowPitch =
       kStageBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
@@ -58,10 +60,11 @@ struct RingTraits {
 // the shared expert's first.
 struct RingTask {
   bool is_fc2, is_shared;
-  int counter;        // of fc1_done: the chunk, the shared expert's before the others
-  int strip, blocks;  // blocks: of the shared expert half blocks
-  int rows, first;    // token rows; the first in shared.slots, or the first token
-  const uint8_t* weights;
+  int counter;             // of fc1_done: the chunk, the shared expert's before the others
+  int strip, blocks;       // blocks: of the shared expert half blocks
+  int rows, first;         // token rows; the first in shared.slots, or the first token
+  const uint8_t* weights;  // of the shared expert: the strip; else the first slab pair of the strip's group
+  const uint16_t* words;   // of that pair and the next, or nullptr
   const float* alpha;
 };
 struct RingTasks {
@@ -100,41 +103,70 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
     task.rows = min(Traits::kMaxRows, args.num_tokens - task.first);
     task.weights = (task.is_fc2 ? args.shared.fc2 : args.shared.fc1) +
                    static_cast<int64_t>(task.strip) * task.blocks * kMoeFp8HalfBytes;
+    task.words = nullptr;
     task.alpha = args.shared.alpha;
   } else {
     task.counter = tasks.shared_chunks + chunk;
     task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
     task.rows = shared.chunk_rows[chunk], task.first = shared.chunk_first[chunk];
     const int expert = shared.chunk_expert[chunk];
-    task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
-                   (static_cast<int64_t>(expert) * strips + task.strip) * task.blocks * kMoeBlockBytes;
+    const int cols = task.is_fc2 ? args.shape.inter : args.shape.hidden;
+    const int64_t pair =
+        expert * moe_slab_pairs(strips, cols) + moe_first_slab_pair(task.strip / kMoeGroupStrips, moe_slab_cols(cols));
+    const uint16_t* words = task.is_fc2 ? args.experts.sides.fc2 : args.experts.sides.fc1;
+    task.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) + pair * kMoeSlabPairBytes;
+    task.words = words ? words + pair : nullptr;
     task.alpha = args.experts.alpha + expert * 3;
   }
   return task;
+}
+
+// A stage of a routed expert: a strip's part of a slab, two chunks of codes, then the scales of each.
+template <class Traits>
+__device__ __forceinline__ void ring_copy_slab(uint8_t* stage, const RingTask& task, int slab, uint32_t word,
+                                               uint64_t* full) {
+  const uint32_t bits = moe_chunk_bits(word, task.strip / kMoeGroupStrips);
+  const uint8_t* pair = task.weights + slab * kMoeSlabPairBytes;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const MoeBlockPlace place = moe_block_place(task.strip, 2 * half, bits);
+    ptx::bulk_load(stage + half * kMoeChunkBytes, pair + place.codes, kMoeChunkBytes, full, ptx::L2Hint::kEvictFirst);
+    ptx::bulk_load(stage + Traits::kScalesAt + half * kMoePairScaleBytes, pair + place.scales, kMoePairScaleBytes, full,
+                   ptx::L2Hint::kEvictFirst);
+  }
 }
 
 // Loader `self` of kLoaders takes every kLoaders-th stage.
 template <class Traits>
 __device__ void ring_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring,
                                   uint64_t* full, uint64_t* empty, const RingTasks& tasks, int self) {
-  if (threadIdx.x % 32 != 0) return;
+  const int lane = threadIdx.x % 32;
   RingPosition<Traits::kStages> at;
   int turn = 0;
   for (int v = blockIdx.x; v < tasks.count; v += gridDim.x) {
     const RingTask task = ring_task<Traits>(args, shared, tasks, v);
-    const int block_bytes = Traits::kShared && task.is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;
+    const bool is_shared = Traits::kShared && task.is_shared;
+    uint32_t words = 0;  // a lane has every 32nd
     for (int block = 0; block < task.blocks;
          block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
+      const int slab = block / kMoeSlabBlocks;
+      if (slab % 32 == 0 && task.words && (slab + lane) * kMoeSlabBlocks < task.blocks) words = task.words[slab + lane];
+      const uint32_t word = __shfl_sync(0xffffffffu, words, slab % 32);
       if (turn != self) continue;
-      const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * block_bytes;
       spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); },
                  "moe ring: ring slot for weights", v, block);
+      if (!ptx::elect_one()) continue;
+      uint8_t* stage = ring + at.stage * Traits::kStageBytes;
       if constexpr (Traits::kMode == StreamMode::kMathOnly) {
         ptx::mbarrier_arrive(&full[at.stage]);
-      } else {
+      } else if (is_shared) {
+        const uint32_t bytes = min(Traits::kStageBlocks, task.blocks - block) * kMoeFp8HalfBytes;
         ptx::mbarrier_arrive_expect_tx(&full[at.stage], bytes);
-        ptx::bulk_load(ring + at.stage * Traits::kStageBytes, task.weights + static_cast<int64_t>(block) * block_bytes,
-                       bytes, &full[at.stage], ptx::L2Hint::kEvictFirst);
+        ptx::bulk_load(stage, task.weights + static_cast<int64_t>(block) * kMoeFp8HalfBytes, bytes, &full[at.stage],
+                       ptx::L2Hint::kEvictFirst);
+      } else {
+        ptx::mbarrier_arrive_expect_tx(&full[at.stage], Traits::kWeightBytes);
+        ring_copy_slab<Traits>(stage, task, slab, word, &full[at.stage]);
       }
     }
   }
@@ -190,11 +222,11 @@ struct RingOperands {
 template <class Traits>
 __device__ __forceinline__ void ring_fetch(RingOperands& o, uint32_t stage_address, int block, int warp, int lane) {
   const uint32_t thread = warp * 32 + lane;
-  const uint32_t weights = stage_address + block * kMoeBlockBytes;
   const uint32_t rows =
       stage_address + Traits::kWeightBytes + (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32 + block * 128;
-  load_shared_16(o.codes, weights + thread * 16);
-  o.scales = load_shared_u16(weights + kMoeBlockCodeBytes + thread * 2);
+  load_shared_16(o.codes, stage_address + block * kMoeBlockCodeBytes + thread * 16);
+  o.scales =
+      load_shared_u16(stage_address + Traits::kScalesAt + block / 2 * kMoePairScaleBytes + thread * 4 + block % 2 * 2);
   load_shared_16(o.rows[0], rows);
   load_shared_16(o.rows[1], rows + 16);
 }

@@ -7,14 +7,23 @@
 #include <cstdint>
 
 #include "codec/bf16.h"
+#include "gpu/l2_sides.h"
 
 namespace dsv4::sm90 {
 
-// Weights of all experts in kernel form (moe_layout.h).
+// Which side of the L2 SMs and weights are on (moe_layout.h). Null pointers: not known; then the packed weights lie as for words of 0.
+struct MoeSides {
+  const uint16_t* fc1 = nullptr;  // [num_experts, moe_fc1_slab_pairs]
+  const uint16_t* fc2 = nullptr;  // [num_experts, moe_fc2_slab_pairs]
+  gpu::SmSides sms;
+};
+
+// Weights of all experts in kernel form (moe_layout.h), packed with these sides.
 struct MoeExperts {
-  const uint8_t* fc1;  // [num_experts] of moe_fc1_bytes
+  const uint8_t* fc1;  // [num_experts] of moe_fc1_bytes  both aligned to kMoeChunkPairBytes
   const uint8_t* fc2;  // [num_experts] of moe_fc2_bytes
   const float* alpha;  // [num_experts, 3]  global scale of w1, w3, w2
+  MoeSides sides;
 };
 
 // The shared expert in kernel form (moe_shared_sm90.h), FP8, in device memory. fc1 == nullptr: none.
@@ -37,6 +46,7 @@ constexpr int kMoeMaxExperts = 1024;
 
 constexpr int kRingMaxSlots = 1024;  // num_tokens * num_topk
 constexpr int kStreamMaxSlots = 2048;
+constexpr int kStreamMaxColumns = 32768;  // hidden or inter of a routed expert, streaming tier
 // Chunks, rows of one expert in one task: at most one a slot and those of the shared expert.
 constexpr int kStreamMaxChunks = kStreamMaxSlots + kRingMaxSlots / 8;
 
@@ -57,7 +67,7 @@ struct MoeStreamArgs {
   uint32_t* fc1_done;  // [kStreamMaxChunks]   tasks of fc1 finished, per chunk, the shared expert's first
   uint32_t* fc2_done;  // [fc2 strips]         ring: chunks finished, per strip; streaming: [0], tasks of fc2 finished
   uint32_t* exited;    // [1]
-  uint32_t* ticket;    // [1]                  streaming
+  uint32_t* ticket;    // [2, 2]               streaming: of fc1 and fc2, per side
   int num_tokens;
   float swiglu_limit;
 };

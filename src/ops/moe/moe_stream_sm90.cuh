@@ -1,6 +1,6 @@
 // Streaming tier of the MoE layer on Hopper, weights straight from global memory into registers.
 //
-// Routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert. A task is 256 weight rows (four strips) times up
+// Routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert. A task is 256 weight rows (a group of strips) times up
 // to kMaxRows token rows of one expert. Each of 16 math warps owns 16 of the weight rows over the whole contraction: sums end
 // in its own lanes, nothing is added across warps, the epilogue is its own. Weights lie in fragment order, so a lane loads
 // its share of a block with one 16-byte and one 2-byte load; a warp keeps eight blocks (K512) in flight in registers and the
@@ -8,6 +8,9 @@
 // shared memory, one stage per K512, filled by a warp of its own, which also draws the tasks; another warp publishes
 // finished tasks. The combine is spread over all CTAs after the last fc2 task. No CTA waits for one that is not running yet:
 // tasks wait for tasks of lower tickets only.
+//
+// Every task's weights lie on one side of the L2 (moe_layout.h), and so does every SM. There are tickets of fc1 and of fc2 for each side: a
+// CTA draws those of its own side, then helps with the other's. It draws none of fc2 before all of fc1 are drawn.
 //
 // kShared: the FP8 shared expert's tasks are tasks of this launch, first in both GEMMs. A half block of its weights
 // (moe_shared_sm90.h) is loaded as a block of a routed expert is; decoding and the step through the token rows differ.
@@ -28,17 +31,17 @@ struct StreamTraits {
   static constexpr int kMathWarps = 16;
   static constexpr int kThreads = 32 * (kMathWarps + 4);              // a warpgroup of service warps, two of them idle
   static constexpr int kMathRegisters = 104, kServiceRegisters = 64;  // 96 at launch, moved by setmaxnreg
-  static constexpr int kTaskStrips = kMathWarps / 4;
-  __host__ __device__ static constexpr int tasks_of(int strips) { return (strips + kTaskStrips - 1) / kTaskStrips; }
+  static_assert(kMathWarps / 4 == kMoeGroupStrips);
   static constexpr int kGroupBlocks = 8;  // blocks in a warp's registers, and of a row stage
   static constexpr int kRowPitch =
       kGroupBlocks * 128 + 16;  // 16 more: the eight rows of a fragment hit different banks
   static constexpr int kStageBytes = kMaxRows * kRowPitch;
   static constexpr int kStages = 5;
   static constexpr int kTaskSlots = 4;
+  static constexpr int kMaxSlabs = kStreamMaxColumns / 256;  // of a matrix
 
   struct Task {
-    const uint8_t* weights;  // of the matrix's first strip
+    const uint8_t* weights;  // of the group's first slab pair; of the shared expert: of the matrix's first strip
     int blocks;              // 0: no more tasks; of the shared expert: half blocks
     int counter;             // of fc1_done
     int strip, strips;
@@ -50,6 +53,9 @@ struct StreamTraits {
     alignas(16) uint8_t
         zero_row[kRowPitch];  // stands for rows a chunk does not have: what lay in the ring would only cost power
     Task tasks[kTaskSlots];
+    // Of the task's slabs, two at a time (a group of blocks), and a strip: which of its chunks lie elsewhere in their pair than the chunk
+    // before. Bits 0 to 3: chunks of codes, 4 and 5: of scales.
+    uint8_t chunk_steps[kTaskSlots][kMaxSlabs / 2 + 1][kMoeGroupStrips];
     uint64_t task_full[kTaskSlots], task_done[kTaskSlots], task_free[kTaskSlots];
     uint64_t rows_full[kStages], rows_empty[kStages];
     float rho[kMaxSlots];
@@ -75,6 +81,13 @@ __device__ __forceinline__ uint4 load_weights_16(const uint8_t* p) {
                : "l"(p), "l"(static_cast<uint64_t>(ptx::L2Hint::kEvictFirst)));
   return v;
 }
+__device__ __forceinline__ uint32_t load_weights_4(const uint8_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;"
+               : "=r"(v)
+               : "l"(p), "l"(static_cast<uint64_t>(ptx::L2Hint::kEvictFirst)));
+  return v;
+}
 __device__ __forceinline__ uint32_t load_weights_2(const uint8_t* p) {
   uint16_t v;
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;"
@@ -87,44 +100,82 @@ __device__ __forceinline__ uint32_t load_weights_2(const uint8_t* p) {
 template <class Traits>
 struct StreamWeights {
   uint4 codes[Traits::kGroupBlocks];
-  uint32_t scales[Traits::kGroupBlocks];
+  uint32_t scales[Traits::kGroupBlocks / 2];  // of two blocks
 };
-template <class Traits>
-__device__ __forceinline__ void stream_load(StreamWeights<Traits>& w, int j, const uint8_t* codes,
-                                            const uint8_t* scales, bool first = false) {
-  if (Traits::kMode != StreamMode::kMathOnly || first) {
-    w.codes[j] = load_weights_16(codes);
-    w.scales[j] = load_weights_2(scales);
-  }
-}
-
-// Where a warp loads next: always one group ahead of what it multiplies.
+// Where a warp loads next: always one group of blocks ahead of what it multiplies. The pointers change between the two chunks of a pair in
+// place: addresses of their own for every chunk would need registers that are not there.
 template <class Traits>
 struct StreamCursor {
-  const uint8_t *codes, *scales;
-  int block_bytes = 0;  // 0 after the last task
-  int left = 0;         // blocks of the task not yet loaded
-  uint32_t tasks = 0;   // loaded from, this one included
+  const uint8_t *codes, *scales;  // of the group's first block, if that were in this chunk of its pair
+  uint32_t steps;                 // chunk_steps of the group; those of the next are at steps_at in shared memory
+  uint32_t steps_at;
+  int left;  // blocks of the task not yet loaded; -1 after the last task
+  bool is_shared = false;
 
-  __device__ __forceinline__ void next_task(typename Traits::Shared& shared, int warp, int lane) {
-    const uint32_t slot = tasks % Traits::kTaskSlots;
-    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], tasks / Traits::kTaskSlots & 1); },
+  __device__ __forceinline__ void begin_task(typename Traits::Shared& shared, uint32_t index, int warp, int lane) {
+    const uint32_t slot = index % Traits::kTaskSlots;
+    spin_until([&] { return mbarrier_try_wait_long(&shared.task_full[slot], index / Traits::kTaskSlots & 1); },
                "moe stream: next task", slot, warp);
     const typename Traits::Task& task = shared.tasks[slot];
-    ++tasks;
-    left = task.blocks;
-    block_bytes = left == 0 ? 0 : Traits::kShared && task.is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;
-    const int strip = min(task.strip + warp / 4, task.strips - 1);
-    const uint32_t thread = (warp % 4) * 32 + lane;
-    const uint8_t* weights =
-        task.weights + static_cast<int64_t>(strip) * task.blocks * (Traits::kShared ? block_bytes : kMoeBlockBytes);
-    codes = weights + thread * 16;
-    scales = weights + kMoeBlockCodeBytes + (Traits::kShared && task.is_shared ? 0 : thread * 2);
+    left = task.blocks > 0 ? task.blocks : -1;
+    is_shared = Traits::kShared && task.is_shared;
+    const int thread = (warp % 4) * 32 + lane;
+    if (is_shared) {
+      const int strip = min(task.strip + warp / 4, task.strips - 1);  // routed experts have padding there
+      codes = task.weights + static_cast<int64_t>(strip) * task.blocks * kMoeFp8HalfBytes + thread * 16;
+      scales = codes - thread * 16 + kMoeBlockCodeBytes;
+    } else {
+      const MoeBlockPlace place = moe_block_place(warp / 4, 0, 0);
+      codes = task.weights + place.codes + thread * 16;
+      scales = task.weights + place.scales + thread * 4;
+      steps_at = ptx::smem_address(&shared.chunk_steps[slot][0][warp / 4]);
+      next_steps();
+    }
   }
-  __device__ __forceinline__ void advance(int blocks, int bytes) {
-    codes += blocks * bytes;
-    scales += blocks * bytes;
+  __device__ __forceinline__ void next_steps() {
+    steps = load_shared_u8(steps_at);
+    steps_at += kMoeGroupStrips;
+  }
+  // To the other chunk of the pair if bit kBit says so.
+  template <int kBit>
+  __device__ __forceinline__ void step(const uint8_t*& p) const {
+    static_assert(kMoeChunkBytes == 1 << 12 && kBit < 12);
+    p = reinterpret_cast<const uint8_t*>(reinterpret_cast<uint64_t>(p) ^ (steps << (12 - kBit) & kMoeChunkBytes));
+  }
+  // Block kBlock of the group, all in order. Scales come with the second of two blocks, also if the task ends with the first: the two
+  // blocks before, in the same registers, must have been decoded.
+  template <int kBlock, bool kFp8>
+  __device__ __forceinline__ void load(StreamWeights<Traits>& w) {
+    constexpr int kPair = kBlock / 2, kOdd = kBlock % 2, kSlab = kPair / 2, kHalf = kPair % 2;
+    constexpr int kSlabAt = kSlab * static_cast<int>(kMoeSlabPairBytes);
+    if constexpr (kFp8) {
+      w.codes[kBlock] = load_weights_16(codes + kBlock * kMoeFp8HalfBytes);
+      if (kOdd) w.scales[kPair] = load_weights_2(scales + kBlock * kMoeFp8HalfBytes);  // both have the same
+    } else {
+      if (!kOdd) step<kPair>(codes);
+      w.codes[kBlock] = load_weights_16(codes + kSlabAt + kHalf * kMoeChunkPairBytes + kOdd * kMoeBlockCodeBytes);
+      if (kOdd && kHalf == 0) step<4 + kSlab>(scales);
+      if (kOdd) w.scales[kPair] = load_weights_4(scales + kSlabAt + kHalf * kMoeHalfSlabScaleBytes);
+    }
+  }
+  // The same at the end of a task: `count` blocks, of either kind.
+  template <int kBlock>
+  __device__ __forceinline__ void load_up_to(StreamWeights<Traits>& w, int count) {
+    if (kBlock - kBlock % 2 >= count) return;
+    if (Traits::kShared && is_shared)
+      load<kBlock, Traits::kShared>(w);
+    else
+      load<kBlock, false>(w);
+  }
+  __device__ __forceinline__ void advance(int blocks) {
+    static_assert(Traits::kGroupBlocks == 2 * kMoeSlabBlocks);
     left -= blocks;
+    if (Traits::kShared && is_shared) {
+      codes += Traits::kGroupBlocks * kMoeFp8HalfBytes, scales += Traits::kGroupBlocks * kMoeFp8HalfBytes;
+    } else {
+      codes += 2 * kMoeSlabPairBytes, scales += 2 * kMoeSlabPairBytes;
+      next_steps();
+    }
   }
 };
 
@@ -153,16 +204,16 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
                                              float (&sum)[kChains][kTiles][4]) {
   constexpr int kAhead = kTiles <= 2 ? 1 : 0;  // halves that rows are fetched ahead
   constexpr int kPerBlock = kFp8 ? 1 : 2, kHalves = kPerBlock * Traits::kGroupBlocks;
-  constexpr int kBlockBytes = kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes;
   StreamRows<kTiles> rows[kAhead + 1];
   if (kAhead > 0) stream_fetch_rows<Traits, kTiles>(rows[0], rows_address, last_tile, 0);
-#pragma unroll
-  for (int j = 0; j < Traits::kGroupBlocks; ++j) {
+  static_for<Traits::kGroupBlocks>([&](auto index) {
+    constexpr int j = decltype(index)::value;
     if (kWhole || j < count) {
       if constexpr (Traits::kMode == StreamMode::kWeightsOnly) {
-        sum[0][0][0] += __uint_as_float(w.codes[j].x ^ w.codes[j].y ^ w.codes[j].z ^ w.codes[j].w ^ w.scales[j]);
+        sum[0][0][0] += __uint_as_float(w.codes[j].x ^ w.codes[j].y ^ w.codes[j].z ^ w.codes[j].w ^ w.scales[j / 2]);
       } else {
-        const uint32_t sf_low = decode_sf(w.scales[j] & 0xff), sf_high = decode_sf(w.scales[j] >> 8);
+        const uint32_t scales = w.scales[j / 2] >> (j % 2 * 16);
+        const uint32_t sf_low = decode_sf(scales & 0xff), sf_high = decode_sf(scales >> 8 & 0xff);
 #pragma unroll
         for (int half = kPerBlock * j; half < kPerBlock * (j + 1); ++half) {
           if (half + kAhead < kHalves)
@@ -171,7 +222,7 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
           const StreamRows<kTiles>& b = rows[half % (kAhead + 1)];
           uint32_t a[2][4];
           if constexpr (kFp8)
-            decode_fp8_half_block(w.codes[j], w.scales[j], a);
+            decode_fp8_half_block(w.codes[j], w.scales[j / 2], a);
           else
             decode_half_block(half % 2 == 0 ? w.codes[j].x : w.codes[j].y, half % 2 == 0 ? w.codes[j].z : w.codes[j].w,
                               sf_low, sf_high, a);
@@ -183,15 +234,18 @@ __device__ __forceinline__ void stream_group(StreamWeights<Traits>& w, StreamCur
         }
       }
     }
-    if constexpr (kWhole) {
-      stream_load(w, j, next.codes + j * kBlockBytes, next.scales + j * kBlockBytes);
-    } else if (j < next_count) {
-      stream_load(w, j, next.codes, next.scales);
-      next.advance(1, next.block_bytes);
+    if constexpr (Traits::kMode != StreamMode::kMathOnly) {
+      if constexpr (kWhole)
+        next.template load<j, kFp8>(w);
+      else
+        next.template load_up_to<j>(w, next_count);
     }
     __syncwarp();  // ptxas would move the loads of all blocks to the end of the group
-  }
-  if constexpr (kWhole) next.advance(Traits::kGroupBlocks, kBlockBytes);
+  });
+  if (kWhole)
+    next.advance(Traits::kGroupBlocks);
+  else if (next_count > 0)
+    next.advance(next_count);
 }
 
 // h of fc1, slot outputs of fc2.
@@ -226,25 +280,29 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
     }
 }
 
-// One task: its first group is in `w`, `next` stands behind it.
+// The CTA's task `index`: its first group is in `w`, `next` stands behind it.
 template <class Traits, int kTiles, bool kFp8>
 __device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename Traits::Shared& shared,
-                                            const uint8_t* ring, const typename Traits::Task& task,
-                                            StreamWeights<Traits>& w, StreamCursor<Traits>& next,
-                                            RingPosition<Traits::kStages>& at, int warp, int lane) {
+                                            const uint8_t* ring, uint32_t index, StreamWeights<Traits>& w,
+                                            StreamCursor<Traits>& next, RingPosition<Traits::kStages>& at, int warp,
+                                            int lane) {
+  const typename Traits::Task& task = shared.tasks[index % Traits::kTaskSlots];
   constexpr int kChains = kTiles == 1 ? 2 : 1;  // one tile alone: half the dependent chain
   float sum[kChains][kTiles][4] = {};
   const uint32_t rows_offset = (lane >> 2) * Traits::kRowPitch + (lane & 3) * 32;
   const bool used = (kTiles - 1) * 8 + (lane >> 2) < task.rows;
-  for (int left = task.blocks; left > 0; left -= Traits::kGroupBlocks) {
-    if (next.left == 0 && next.block_bytes != 0) next.next_task(shared, warp, lane);
-    const int count = min(left, Traits::kGroupBlocks), next_count = min(next.left, Traits::kGroupBlocks);
+  bool last;
+  do {
+    last = next.left == 0;  // all that is left of this task is in `w`
+    if (last) next.begin_task(shared, index + 1, warp, lane);
+    const int count = last ? (task.blocks - 1) % Traits::kGroupBlocks + 1 : Traits::kGroupBlocks,
+              next_count = min(next.left, Traits::kGroupBlocks);
     const uint32_t rows_address = ptx::smem_address(ring + at.stage * Traits::kStageBytes) + rows_offset;
     const uint32_t last_tile =
         used ? rows_address + (kTiles - 1) * 8 * Traits::kRowPitch : ptx::smem_address(shared.zero_row);
     spin_until([&] { return mbarrier_try_wait_long(&shared.rows_full[at.stage], at.phase); }, "moe stream: token rows",
-               task.counter, left);
-    const bool same_kind = !Traits::kShared || next.block_bytes == (kFp8 ? kMoeFp8HalfBytes : kMoeBlockBytes);
+               task.counter, next.left);
+    const bool same_kind = !Traits::kShared || next.is_shared == kFp8;
     if (count == Traits::kGroupBlocks && next_count == Traits::kGroupBlocks && same_kind)
       stream_group<Traits, kTiles, kChains, kFp8, true>(w, next, next_count, count, rows_address, last_tile, sum);
     else
@@ -253,7 +311,7 @@ __device__ __forceinline__ void stream_task(const MoeStreamArgs& args, typename 
         &shared.rows_empty
              [at.stage]);  // of every lane that has read: racecheck does not follow a __syncwarp and one arrival
     at.advance();
-  }
+  } while (!last);
 #pragma unroll
   for (int tile = 0; kChains > 1 && tile < kTiles; ++tile)
 #pragma unroll
@@ -267,20 +325,15 @@ __device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   StreamWeights<Traits> w = {};
   StreamCursor<Traits> next;
-  next.next_task(shared, warp, lane);
-  const int first_count = min(next.left, Traits::kGroupBlocks);
-#pragma unroll
-  for (int j = 0; j < Traits::kGroupBlocks; ++j)
-    if (j < first_count) {
-      stream_load(w, j, next.codes, next.scales, true);
-      next.advance(1, next.block_bytes);
-    }
+  next.begin_task(shared, 0, warp, lane);
+  static_for<Traits::kGroupBlocks>([&](auto block) { next.template load_up_to<decltype(block)::value>(w, next.left); });
+  if (next.left > 0) next.advance(min(next.left, Traits::kGroupBlocks));
   RingPosition<Traits::kStages> at;
-  for (int slot = 0;; slot = (slot + 1) % Traits::kTaskSlots) {
-    const typename Traits::Task& task = shared.tasks[slot];
+  for (uint32_t index = 0;; ++index) {
+    const typename Traits::Task& task = shared.tasks[index % Traits::kTaskSlots];
     if (task.blocks == 0) return;
     const auto run = [&](auto tiles, auto fp8) {
-      stream_task<Traits, decltype(tiles)::value, decltype(fp8)::value>(args, shared, ring, task, w, next, at, warp,
+      stream_task<Traits, decltype(tiles)::value, decltype(fp8)::value>(args, shared, ring, index, w, next, at, warp,
                                                                         lane);
     };
     const int tiles = (task.rows + 7) / 8;
@@ -296,7 +349,9 @@ __device__ __forceinline__ void stream_math(const MoeStreamArgs& args, typename 
       if (tiles == 3) run(std::integral_constant<int, 3>(), std::false_type());
       if (tiles == 4) run(std::integral_constant<int, 4>(), std::false_type());
     }
-    ptx::mbarrier_arrive(&shared.task_done[slot]);  // every lane has read the task: racecheck wants an arrival of each
+    ptx::mbarrier_arrive(
+        &shared.task_done[index %
+                          Traits::kTaskSlots]);  // every lane has read the task: racecheck wants an arrival of each
   }
 }
 
@@ -314,82 +369,131 @@ __device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32
   return false;
 }
 
-// Draws tasks in order (fc1 of every chunk, then fc2 of every chunk, in both the shared expert's first; strips innermost),
-// publishes them, copies their token rows.
+// Tasks of one GEMM on one side: of every chunk of the shared expert, then of every other, a chunk's groups innermost.
+struct StreamQueue {
+  int shared_groups, groups;  // of a chunk, on this side
+  int shared_tasks, tasks;    // all tasks, and the shared expert's among them
+};
+template <class Traits>
+__device__ __forceinline__ StreamQueue stream_queue(const MoeStreamArgs& args, const typename Traits::Shared& shared,
+                                                    bool is_fc2, uint32_t side) {
+  const int64_t strips2 = moe_fc2_strips(args.shape.hidden);
+  StreamQueue q;
+  q.groups = moe_groups_of_side(moe_groups(is_fc2 ? strips2 : moe_fc1_strips(args.shape.inter)), side);
+  q.shared_groups = moe_groups_of_side(moe_groups(is_fc2 ? strips2 : moe_fc1_strips(args.shared.inter)), side);
+  q.shared_tasks = stream_shared_chunks<Traits>(args) * q.shared_groups;
+  q.tasks = q.shared_tasks + shared.num_chunks * q.groups;
+  return q;
+}
+
+// Draws tasks, publishes them, copies their token rows. `ticket`: the first, of fc1 on this CTA's side.
 template <class Traits>
 __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typename Traits::Shared& shared,
                                                uint8_t* ring, int ticket) {
   const int lane = threadIdx.x % 32;
-  const int strips1 = static_cast<int>(moe_fc1_strips(args.shape.inter)),
-            strips2 = static_cast<int>(moe_fc2_strips(args.shape.hidden));
-  const int per_chunk1 = Traits::tasks_of(strips1), per_chunk2 = Traits::tasks_of(strips2);
+  const uint32_t own_side = args.experts.sides.sms.side(ptx::smid());
   const int shared_chunks = stream_shared_chunks<Traits>(args);
-  const int shared_strips1 = Traits::kShared ? static_cast<int>(moe_fc1_strips(args.shared.inter)) : 0,
-            shared_per_chunk1 = Traits::tasks_of(shared_strips1);
-  const int first2 = shared.num_chunks * per_chunk1 + shared_chunks * shared_per_chunk1;
-  const int tasks = first2 + (shared.num_chunks + shared_chunks) * per_chunk2;
   RingPosition<Traits::kStages> at;
   RingPosition<Traits::kTaskSlots> slot;
   int ready_counter = -1;
+  int turn = 0;  // which queue: fc1 of the own side, of the other, fc2 of the own, of the other
+  const auto is_fc2_turn = [&] { return turn >= 2; };
+  const auto side_of_turn = [&] { return own_side ^ (turn & 1); };
+  const auto draw = [&] { return atomicAdd(&args.ticket[(is_fc2_turn() ? 2 : 0) + side_of_turn()], 1u); };
   for (;; slot.advance()) {
     for (uint64_t* barrier :
          {&shared.task_done[slot.stage], &shared.task_free[slot.stage]})  // multiplied and published
       spin_until([&] { return mbarrier_test_or_sleep(barrier, slot.phase ^ 1); }, "moe stream: task slot", ticket, 0);
     typename Traits::Task& task = shared.tasks[slot.stage];
-    if (ticket >= tasks) {
-      if (lane == 0) {
-        task.blocks = 0;
-        ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
-      }
+    StreamQueue queue;
+    while (true) {
+      queue = stream_queue<Traits>(args, shared, is_fc2_turn(), side_of_turn());
+      if (ticket < queue.tasks || ++turn == 4) break;
+      ticket = static_cast<int>(__shfl_sync(0xffffffffu, lane == 0 ? draw() : 0, 0));
+    }
+    if (turn == 4) {
+      if (lane == 0) task.blocks = 0;
+      ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
       return;
     }
-    const bool is_fc2 = ticket >= first2;
-    int w = is_fc2 ? ticket - first2 : ticket;
-    const int shared_tasks = shared_chunks * (is_fc2 ? per_chunk2 : shared_per_chunk1);
-    const bool is_shared = Traits::kShared && w < shared_tasks;
-    if (!is_shared) w -= shared_tasks;
-    const int tasks1 = is_shared ? shared_per_chunk1 : per_chunk1;  // of a chunk in fc1
-    const int per_chunk = is_fc2 ? per_chunk2 : tasks1, strips = is_fc2      ? strips2
-                                                                 : is_shared ? shared_strips1
-                                                                             : strips1;
-    const int chunk = w / per_chunk, strip = (w - chunk * per_chunk) * Traits::kTaskStrips;
+    const bool is_fc2 = is_fc2_turn(), is_shared = Traits::kShared && ticket < queue.shared_tasks;
+    const int w = is_shared ? ticket : ticket - queue.shared_tasks,
+              per_chunk = is_shared ? queue.shared_groups : queue.groups;
+    const int chunk = w / per_chunk, group = moe_group_of_side(side_of_turn(), w - chunk * per_chunk);
     const int counter = is_shared ? chunk : shared_chunks + chunk;
-    const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols,
-              block_bytes = is_shared ? kMoeFp8HalfBytes : kMoeBlockBytes;  // of a block
-    const int blocks = (is_fc2 ? is_shared ? args.shared.inter : args.shape.inter : args.shape.hidden) / columns;
+    const int64_t strips = is_fc2      ? moe_fc2_strips(args.shape.hidden)
+                           : is_shared ? moe_fc1_strips(args.shared.inter)
+                                       : moe_fc1_strips(args.shape.inter);
+    const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols;  // of a block
+    const int cols = is_fc2 ? is_shared ? args.shared.inter : args.shape.inter : args.shape.hidden,
+              blocks = cols / columns;
     const int expert = is_shared ? 0 : shared.chunk_expert[chunk];
     const int first = is_shared ? chunk * Traits::kMaxRows : shared.chunk_first[chunk];
     const int rows = is_shared ? min(Traits::kMaxRows, args.num_tokens - first) : shared.chunk_rows[chunk];
-    const uint8_t* weights = is_shared ? (is_fc2 ? args.shared.fc2 : args.shared.fc1)
-                                       : (is_fc2 ? args.experts.fc2 : args.experts.fc1) +
-                                             static_cast<int64_t>(expert) * strips * blocks * kMoeBlockBytes;
+    const uint8_t* weights = is_fc2 ? args.shared.fc2 : args.shared.fc1;
+    const int slabs = is_shared ? 0 : moe_slab_cols(cols);
+    if (!is_shared) {
+      const int64_t pair = expert * moe_slab_pairs(strips, cols) + moe_first_slab_pair(group, slabs);
+      const uint16_t* words = is_fc2 ? args.experts.sides.fc2 : args.experts.sides.fc1;
+      weights = (is_fc2 ? args.experts.fc2 : args.experts.fc1) + pair * kMoeSlabPairBytes;
+      const auto bits_of = [&](int slab) {
+        return moe_chunk_bits(words && slab >= 0 && slab < slabs ? words[pair + slab] : 0, group);
+      };
+      for (int i = lane; i < (slabs + 1) / 2; i += 32) {
+        const uint32_t bits[2] = {bits_of(2 * i), bits_of(2 * i + 1)}, before = i > 0 ? bits_of(2 * i - 1) : 0;
+#pragma unroll
+        for (int r = 0; r < kMoeGroupStrips; ++r) {
+          const auto codes_of = [&](uint32_t b) { return b >> (2 * r) & 3; };
+          const auto scales_of = [&](uint32_t b) { return b >> kMoeScaleChunk & 1; };
+          const uint32_t codes = codes_of(bits[0]) | codes_of(bits[1]) << 2,
+                         scales = scales_of(bits[0]) | scales_of(bits[1]) << 1;
+          shared.chunk_steps[slot.stage][i][r] =
+              static_cast<uint8_t>(((codes ^ codes << 1 ^ codes_of(before) >> 1) & 15) |
+                                   ((scales ^ scales << 1 ^ scales_of(before)) & 3) << 4);
+        }
+      }
+    }
     uint32_t drawn = 0;
     if (lane == 0) {
       task.weights = weights;
       task.blocks = blocks;
       task.counter = counter;
-      task.strip = strip;
-      task.strips = strips;
+      task.strip = group * kMoeGroupStrips;
+      task.strips = static_cast<int>(strips);
       task.rows = rows;
       task.first = first;
       task.is_fc2 = is_fc2;
       task.is_shared = is_shared;
-      ptx::mbarrier_arrive(&shared.task_full[slot.stage]);
-      drawn = atomicAdd(args.ticket, 1);
+    }
+    ptx::mbarrier_arrive(&shared.task_full[slot.stage]);  // of every lane: each has written chunk_steps
+    if (lane == 0) {
+      drawn = draw();
       const float* alpha = is_shared ? args.shared.alpha : args.experts.alpha + expert * 3;
       const float scale = is_shared ? 1.0f : kMoeAlphaScale;
       task.alpha[0] = alpha[is_fc2 ? 2 : 0] * scale;
       task.alpha[1] = alpha[1] * scale;
     }
     if (is_fc2 && ready_counter != counter) {
-      if (load_acquire(&args.fc1_done[counter]) <
-          static_cast<uint32_t>(tasks1)) {  // few tokens: let L2 have the weights meanwhile
-        const uint32_t strip_bytes = blocks * block_bytes;
-        if (lane < Traits::kTaskStrips && strip + lane < strips)
-          ptx::bulk_prefetch_l2(weights + static_cast<int64_t>(strip + lane) * strip_bytes, strip_bytes);
+      const uint32_t tasks1 = moe_groups(moe_fc1_strips(is_shared ? args.shared.inter : args.shape.inter));
+      if (load_acquire(&args.fc1_done[counter]) < tasks1) {  // few tokens: let L2 have the weights meanwhile
+        if (is_shared) {
+          const uint32_t strip_bytes = blocks * kMoeFp8HalfBytes;
+          const int strip = group * kMoeGroupStrips + lane;
+          if (lane < kMoeGroupStrips && strip < strips)
+            ptx::bulk_prefetch_l2(weights + static_cast<int64_t>(strip) * strip_bytes, strip_bytes);
+        } else {
+          const int64_t pair = (weights - args.experts.fc2) / kMoeSlabPairBytes;
+          constexpr int kChunks = kMoeScaleChunk + 1;
+          for (int i = lane; i < slabs * kChunks; i += 32) {
+            const uint16_t* words = args.experts.sides.fc2;
+            const uint32_t bits = moe_chunk_bits(words ? words[pair + i / kChunks] : 0, group);
+            ptx::bulk_prefetch_l2(weights + i * kMoeChunkPairBytes + (bits >> (i % kChunks) & 1) * kMoeChunkBytes,
+                                  kMoeChunkBytes);
+          }
+        }
       }
-      spin_until([&] { return load_acquire(&args.fc1_done[counter]) >= static_cast<uint32_t>(tasks1); },
-                 "moe stream: h of a chunk", counter, tasks1);
+      spin_until([&] { return load_acquire(&args.fc1_done[counter]) >= tasks1; }, "moe stream: h of a chunk", counter,
+                 tasks1);
       fence_proxy_async_all();  // h was written by ordinary stores, the copy engine reads it
       ready_counter = counter;
     }
@@ -493,7 +597,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kTaskSlots; ++i) {
-      ptx::mbarrier_init(&shared.task_full[i], 1);
+      ptx::mbarrier_init(&shared.task_full[i], 32);
       ptx::mbarrier_init(&shared.task_done[i], 32 * Traits::kMathWarps);
       ptx::mbarrier_init(&shared.task_free[i], 1);
     }
@@ -507,7 +611,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   ptx::griddepcontrol_wait();
   if (threadIdx.x == 0) DSV4_MOE_STAMP(1);
   uint32_t ticket = 0;
-  if (threadIdx.x == 32 * Traits::kMathWarps) ticket = atomicAdd(args.ticket, 1);
+  if (threadIdx.x == 32 * Traits::kMathWarps)
+    ticket = atomicAdd(&args.ticket[args.experts.sides.sms.side(ptx::smid())], 1u);
   for (int i = threadIdx.x; i < Traits::kRowPitch / 4; i += Traits::kThreads)
     reinterpret_cast<uint32_t*>(shared.zero_row)[i] = 0;
   stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
@@ -528,8 +633,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
 
   if (threadIdx.x == 0) {
     DSV4_MOE_STAMP(3);
-    const uint32_t tasks = (shared.num_chunks + stream_shared_chunks<Traits>(args)) *
-                           Traits::tasks_of(static_cast<int>(moe_fc2_strips(args.shape.hidden)));
+    const uint32_t tasks =
+        (shared.num_chunks + stream_shared_chunks<Traits>(args)) * moe_groups(moe_fc2_strips(args.shape.hidden));
     spin_until([&] { return load_acquire(args.fc2_done) >= tasks; }, "moe stream: all slot outputs",
                static_cast<int>(tasks), 0);
     DSV4_MOE_STAMP(4);
@@ -545,7 +650,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_stream_kernel(const _
   if (shared.exit_flag != gridDim.x - 1) return;
   for (int i = threadIdx.x; i < shared.num_chunks + stream_shared_chunks<Traits>(args); i += Traits::kThreads)
     args.fc1_done[i] = 0;
-  if (threadIdx.x == 0) *args.fc2_done = 0, *args.ticket = 0, *args.exited = 0;
+  if (threadIdx.x < 4) args.ticket[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *args.fc2_done = 0, *args.exited = 0;
 }
 
 }  // namespace dsv4::sm90

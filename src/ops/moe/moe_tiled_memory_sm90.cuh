@@ -51,8 +51,10 @@ struct TiledTraits {
   static constexpr int kStageBlocks = kList == TileList::kTiny ? 4 : 2;   // K256, K128
   static constexpr int kGroupStrips = kList == TileList::kSmall ? 2 : 1;  // of a warpgroup
   static constexpr int kStrips = kMathWarpgroups * kGroupStrips;          // of a task
-  static constexpr int kStripStageBytes = kStageBlocks * kMoeBlockBytes;
-  static constexpr int kWeightBytes = kStrips * kStripStageBytes;
+  static constexpr int kStripCodeBytes = kStageBlocks * kMoeBlockCodeBytes;
+  static constexpr int kCodeBytes =
+      kStrips * kStripCodeBytes;  // strip after strip; behind them scales as in a slab (moe_layout.h)
+  static constexpr int kWeightBytes = kStrips * kStageBlocks * kMoeBlockBytes;
   static constexpr int kBlockPitch = kMaxRows * 128;  // from the rows of one block to those of the next
   static constexpr int kRowBytes = kStageBlocks * kBlockPitch;
   static constexpr int kStages = (kMaxSmem - kHeaderBytes) / (kWeightBytes + kRowBytes);
@@ -87,7 +89,6 @@ __device__ __forceinline__ uint8_t* tiled_weights(TiledShared& shared, int stage
 
 struct TiledWork {  // what all roles derive from a task
   int blocks, strips, first_strip, num_strips;
-  const uint8_t* weights;
 };
 template <class T>
 __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const TiledTask& task) {
@@ -96,8 +97,6 @@ __device__ __forceinline__ TiledWork tiled_work(const MoeTiledArgs& args, const 
   work.strips = static_cast<int>(task.is_fc2 ? moe_fc2_strips(args.shape.hidden) : moe_fc1_strips(args.shape.inter));
   work.first_strip = task.block * T::kStrips;
   work.num_strips = min(T::kStrips, work.strips - work.first_strip);
-  work.weights = (task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
-                 (static_cast<int64_t>(task.expert) * work.strips + work.first_strip) * work.blocks * kMoeBlockBytes;
   return work;
 }
 

@@ -89,23 +89,21 @@ struct TiledCodes {  // a thread's share of a 64x64 block
   uint4 words;
   uint32_t sf_low, sf_high;
 };
-// Of the block kOffset bytes into the stage whose codes and scales begin at the two addresses for this thread.
-template <int kOffset>
+// Of block kBlock of strip kStrip, counted from those whose codes and scales begin at the two addresses for this thread.
+template <class T, int kStrip, int kBlock>
 __device__ __forceinline__ void fetch_codes(TiledCodes& codes, uint32_t codes_at, uint32_t scales_at) {
-  load_shared_16<kOffset>(codes.words, codes_at);
-  codes.sf_low = load_shared_u8<kOffset>(scales_at);
-  codes.sf_high = load_shared_u8<kOffset + 1>(scales_at);
+  constexpr int kScales = kBlock / 2 * kMoeHalfSlabScaleBytes + kStrip * kMoePairScaleBytes + kBlock % 2 * 2;
+  load_shared_16<kStrip * T::kStripCodeBytes + kBlock * kMoeBlockCodeBytes>(codes.words, codes_at);
+  codes.sf_low = load_shared_u8<kScales>(scales_at);
+  codes.sf_high = load_shared_u8<kScales + 1>(scales_at);
 }
-template <class F, int... kI>
-__device__ __forceinline__ void static_for_each(std::integer_sequence<int, kI...>, const F& f) {
-  (f(std::integral_constant<int, kI>{}), ...);
+// Byte in a stage of this thread's scales of its warpgroup's first strip and block.
+template <class T>
+__device__ __forceinline__ uint32_t first_scales(int group, int thread) {
+  const int strip = group * T::kGroupStrips;
+  return T::kCodeBytes + strip / kMoeGroupStrips * (T::kStageBlocks / 2 * kMoeHalfSlabScaleBytes) +
+         strip % kMoeGroupStrips * kMoePairScaleBytes + thread * 4;
 }
-// f(0), f(1), ..., f(kCount - 1), the argument known at compile time.
-template <int kCount, class F>
-__device__ __forceinline__ void static_for(const F& f) {
-  static_for_each(std::make_integer_sequence<int, kCount>{}, f);
-}
-
 // Sums of 64 weight rows a strip times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
 __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
@@ -117,10 +115,9 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
       kN <=
       kSmallTileRows;  // the next stage's first codes are fetched while products run: wider instances lack registers
   const int lane = thread % 32;
-  const uint32_t base = ptx::smem_address(&shared),
-                 weights = base + T::kWeightsAt + group * T::kGroupStrips * T::kStripStageBytes;
-  const uint32_t codes_at = opaque(weights + thread * 16),
-                 scales_at = opaque(weights + kMoeBlockCodeBytes + thread * 2);
+  const uint32_t base = ptx::smem_address(&shared), weights = base + T::kWeightsAt;
+  const uint32_t codes_at = opaque(weights + group * T::kGroupStrips * T::kStripCodeBytes + thread * 16),
+                 scales_at = opaque(weights + first_scales<T>(group, thread));
   const uint32_t rows = opaque(wgmma_descriptor_low(base + kHeaderBytes));
   const uint32_t control = opaque(ptx::smem_address(&tiled_control<T>(shared)));
   using Control = std::remove_reference_t<decltype(tiled_control<T>(shared))>;
@@ -134,7 +131,7 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
     spin_until([&] { return mbarrier_try_wait_long(control + offsetof(Control, full) + stage * 8, phase); },
                "moe tiled: stage filled", left, stage);
     stage_codes = codes_at + stage * T::kWeightBytes, stage_scales = scales_at + stage * T::kWeightBytes;
-    fetch_codes<0>(codes[0], stage_codes, stage_scales);
+    fetch_codes<T, 0, 0>(codes[0], stage_codes, stage_scales);
   };
   if (kEarly) begin_stage();
 #pragma unroll 1
@@ -145,9 +142,11 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
     static_for<kBlocks>([&](auto index) {
       constexpr int i = decltype(index)::value, strip = i % T::kGroupStrips, k = i / T::kGroupStrips;
       constexpr bool kLast = i + 1 == kBlocks;
-      constexpr int kNext =
-          (i + 1) % T::kGroupStrips * T::kStripStageBytes + (i + 1) / T::kGroupStrips * kMoeBlockBytes;
-      if constexpr (kEarly && !kLast) fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
+      const auto fetch_next = [&] {
+        fetch_codes<T, (i + 1) % T::kGroupStrips, (i + 1) / T::kGroupStrips>(codes[(i + 1) % 2], stage_codes,
+                                                                             stage_scales);
+      };
+      if constexpr (kEarly && !kLast) fetch_next();
       const TiledCodes& c = codes[i % 2];
       const uint32_t sf_low = decode_sf(c.sf_low), sf_high = decode_sf(c.sf_high);
       const uint4 words = c.words;
@@ -166,7 +165,7 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
         if (++stage == T::kStages) stage = 0, phase ^= 1;
         if (kEarly && left > T::kStageBlocks) begin_stage();
       } else if constexpr (!kEarly) {
-        fetch_codes<kNext>(codes[(i + 1) % 2], stage_codes, stage_scales);
+        fetch_next();
       }
       wgmma_wait<
           0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
@@ -184,8 +183,9 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledSh
                                                RingPosition<T::kStages>& at, float (&sum)[1][kN / 2], int group,
                                                int thread) {
   const int lane = thread % 32;
-  const uint32_t weights = ptx::smem_address(tiled_weights<T>(shared, 0)) + group * T::kStripStageBytes;
-  const uint32_t codes_at = weights + thread * 16, scales_at = weights + kMoeBlockCodeBytes + thread * 2;
+  const uint32_t weights = ptx::smem_address(tiled_weights<T>(shared, 0));
+  const uint32_t codes_at = weights + group * T::kStripCodeBytes + thread * 16,
+                 scales_at = weights + first_scales<T>(group, thread);
   const uint32_t rows_at =
       ptx::smem_address(tiled_rows<T>(shared, 0)) + (lane & 7) * 128 + (((lane >> 3) ^ (lane & 7)) << 4);
   auto& control = tiled_control<T>(shared);
@@ -201,7 +201,7 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledSh
     uint32_t b[2][kN / 8][8];
     const auto fetch = [&](auto index) {
       constexpr int k = decltype(index)::value;
-      fetch_codes<k * kMoeBlockBytes>(codes[k % 2], stage_codes, stage_scales);
+      fetch_codes<T, 0, k>(codes[k % 2], stage_codes, stage_scales);
       static_for<kN / 8>([&](auto tile) {
         constexpr int kAt = k * T::kBlockPitch + decltype(tile)::value * 1024;
         load_matrix_x4<kAt>(b[k % 2][decltype(tile)::value], rows);

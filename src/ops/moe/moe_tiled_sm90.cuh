@@ -17,38 +17,71 @@
 
 namespace dsv4::sm90 {
 
-// Weights of the blocks that the last stage of a task lacks.
-alignas(128) static __device__ const uint8_t kZeroBlock[kMoeBlockBytes] = {};  // the copy engine wants 16
-
 // The copying warps run with all lanes and keep what they compute uniform: the copy instruction takes its operands from uniform
 // registers, and is wrapped in a loop over the lanes where the compiler cannot tell (217 instructions a stage, a tenth of all).
+
+// Weights of one stage from the slabs of the task's groups; slab, pairs: of the first group's, the second follows a row of slabs further.
+template <class T>
+__device__ __forceinline__ void tiled_copy_stage(uint8_t* to, const uint8_t* pairs, const TiledWork& work,
+                                                 int slab_cols, int block,
+                                                 const uint32_t (&words)[T::kStrips / kMoeGroupStrips],
+                                                 uint64_t* full) {
+  constexpr int kGroups = T::kStrips / kMoeGroupStrips, kHalves = T::kStageBlocks / 2;
+  const int groups = (work.num_strips + kMoeGroupStrips - 1) / kMoeGroupStrips;
+  ptx::mbarrier_arrive_expect_tx(full,
+                                 work.num_strips * T::kStripCodeBytes + groups * kHalves * kMoeHalfSlabScaleBytes);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    if (g >= groups) break;
+    const uint32_t bits = moe_chunk_bits(words[g], work.first_strip / kMoeGroupStrips + g);
+    const uint8_t* pair = pairs + static_cast<int64_t>(g * slab_cols + block / kMoeSlabBlocks) * kMoeSlabPairBytes;
+#pragma unroll
+    for (int r = 0; r < kMoeGroupStrips; ++r) {
+      const int strip = g * kMoeGroupStrips + r;
+      if (strip >= work.num_strips) break;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        ptx::bulk_load(to + strip * T::kStripCodeBytes + half * kMoeChunkBytes,
+                       pair + moe_block_place(r, block + 2 * half, bits).codes, kMoeChunkBytes, full,
+                       ptx::L2Hint::kEvictFirst);
+    }
+    ptx::bulk_load(to + T::kCodeBytes + g * kHalves * kMoeHalfSlabScaleBytes,
+                   pair + moe_block_place(0, block, bits).scales, kHalves * kMoeHalfSlabScaleBytes, full,
+                   ptx::L2Hint::kEvictFirst);
+  }
+}
 
 // This loader's stages of one task: every kLoaders-th. One warp alone takes about 350 ns a stage, too long.
 template <class T>
 __device__ __forceinline__ void tiled_copy_weights(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
                                                    RingPosition<T::kStages>& at, int& turn, int self) {
-  const TiledWork work = tiled_work<T>(args, task);
-  const uint64_t source = uniform(reinterpret_cast<uint64_t>(work.weights));
-  const int blocks = uniform(work.blocks), strips = uniform(work.num_strips), pitch = blocks * kMoeBlockBytes;
+  constexpr int kGroups = T::kStrips / kMoeGroupStrips;
+  TiledWork work = tiled_work<T>(args, task);
+  work.first_strip = uniform(work.first_strip), work.num_strips = uniform(work.num_strips);
+  const int blocks = uniform(work.blocks), slab_cols = (blocks + kMoeSlabBlocks - 1) / kMoeSlabBlocks;
+  const int64_t first_pair = task.expert * moe_slab_pairs(work.strips, blocks * kMoeBlockCols) +
+                             moe_first_slab_pair(work.first_strip / kMoeGroupStrips, slab_cols);
+  const uint64_t pairs = uniform(reinterpret_cast<uint64_t>(task.is_fc2 ? args.experts.fc2 : args.experts.fc1) +
+                                 first_pair * kMoeSlabPairBytes);
+  const uint16_t* words = task.is_fc2 ? args.experts.sides.fc2 : args.experts.sides.fc1;
+  uint32_t lane_words[kGroups] = {};  // of every 32nd slab
   auto& control = tiled_control<T>(shared);
   for (int block = 0; block < blocks; block += T::kStageBlocks, at.advance(), turn = (turn + 1) % kLoaders) {
+    const int slab = block / kMoeSlabBlocks;
+    if (words && block % (32 * kMoeSlabBlocks) == 0 && slab + threadIdx.x % 32 < slab_cols)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        if (g * kMoeGroupStrips < work.num_strips)
+          lane_words[g] = words[first_pair + g * slab_cols + slab + threadIdx.x % 32];
     if (turn != self) continue;
+    uint32_t stage_words[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) stage_words[g] = __shfl_sync(0xffffffffu, lane_words[g], slab % 32);
     spin_until([&] { return mbarrier_try_wait_long(&control.empty[at.stage], at.phase ^ 1); },
                "moe tiled: stage for weights", task.tile, block);
-    if (ptx::elect_one()) {
-      uint64_t* full = &control.full[at.stage];
-      ptx::mbarrier_arrive_expect_tx(full, T::kStripStageBytes * strips);
-      const uint8_t* from = reinterpret_cast<const uint8_t*>(source) + static_cast<int64_t>(block) * kMoeBlockBytes;
-      uint8_t* to = tiled_weights<T>(shared, at.stage);
-#pragma unroll
-      for (int strip = 0; strip < T::kStrips; ++strip) {
-        if (strip >= strips) break;
-        const int bytes = min(T::kStageBlocks, blocks - block) * kMoeBlockBytes;
-        ptx::bulk_load(to + strip * T::kStripStageBytes, from + strip * pitch, bytes, full, ptx::L2Hint::kEvictFirst);
-        for (int missing = bytes; missing < T::kStripStageBytes; missing += kMoeBlockBytes)
-          ptx::bulk_load(to + strip * T::kStripStageBytes + missing, kZeroBlock, kMoeBlockBytes, full);
-      }
-    }
+    if (ptx::elect_one())
+      tiled_copy_stage<T>(tiled_weights<T>(shared, at.stage), reinterpret_cast<const uint8_t*>(pairs), work, slab_cols,
+                          block, stage_words, &control.full[at.stage]);
     __syncwarp();
   }
 }

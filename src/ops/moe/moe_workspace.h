@@ -33,7 +33,7 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
   w.fc1_done = take(sm90::kStreamMaxChunks * 4);
   w.fc2_done = take(moe_fc2_strips(in.hidden) * 4);
   w.exited = take(4);
-  w.ticket_stream = take(4);
+  w.ticket_stream = take(16);
   w.counter_bytes = at;
   w.slot_y = take(slots * in.hidden * 2);
   if (tier != MoeTier::kTiled) {
