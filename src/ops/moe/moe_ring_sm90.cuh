@@ -136,21 +136,44 @@ __device__ __forceinline__ void ring_copy_slab(uint8_t* stage, const RingTask& t
   }
 }
 
+// Words of the task's slabs first .. first + 31, one a lane.
+__device__ __forceinline__ uint32_t ring_words(const RingTask& task, int first) {
+  const int slab = first + threadIdx.x % 32;
+  return task.words && slab * kMoeSlabBlocks < task.blocks ? task.words[slab] : 0;
+}
+
+// The first weights wait for words, and these for the routing: so the words that this CTA's first task may want, of whichever expert, are
+// brought into L2 while the routing runs.
+template <class Traits>
+__device__ __forceinline__ void ring_prefetch_words(const MoeStreamArgs& args) {
+  const int strips = static_cast<int>(moe_fc1_strips(args.shape.inter)),
+            num_slots = args.num_tokens * args.shape.num_topk;
+  if (!args.experts.sides.fc1 || threadIdx.x >= num_slots) return;
+  const int expert = args.topk_idx[threadIdx.x];
+  if (expert < 0 || expert >= args.shape.num_experts) return;
+  const int64_t pair =
+      expert * moe_fc1_slab_pairs(args.shape.hidden, args.shape.inter) +
+      moe_first_slab_pair(static_cast<int>(blockIdx.x) % strips / kMoeGroupStrips, moe_slab_cols(args.shape.hidden));
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(args.experts.sides.fc1 + pair));
+}
+
 // Loader `self` of kLoaders takes every kLoaders-th stage.
 template <class Traits>
 __device__ void ring_load_weights(const MoeStreamArgs& args, const typename Traits::Shared& shared, uint8_t* ring,
                                   uint64_t* full, uint64_t* empty, const RingTasks& tasks, int self) {
-  const int lane = threadIdx.x % 32;
   RingPosition<Traits::kStages> at;
   int turn = 0;
+  uint32_t next_words = 0;
   for (int v = blockIdx.x; v < tasks.count; v += gridDim.x) {
     const RingTask task = ring_task<Traits>(args, shared, tasks, v);
     const bool is_shared = Traits::kShared && task.is_shared;
-    uint32_t words = 0;  // a lane has every 32nd
+    uint32_t words = v == static_cast<int>(blockIdx.x) ? ring_words(task, 0) : next_words;
+    if (v + static_cast<int>(gridDim.x) < tasks.count)  // early: a task's first weights wait for its words
+      next_words = ring_words(ring_task<Traits>(args, shared, tasks, v + gridDim.x), 0);
     for (int block = 0; block < task.blocks;
          block += Traits::kStageBlocks, at.advance(), turn = (turn + 1) % Traits::kLoaders) {
       const int slab = block / kMoeSlabBlocks;
-      if (slab % 32 == 0 && task.words && (slab + lane) * kMoeSlabBlocks < task.blocks) words = task.words[slab + lane];
+      if (slab > 0 && slab % 32 == 0) words = ring_words(task, slab);
       const uint32_t word = __shfl_sync(0xffffffffu, words, slab % 32);
       if (turn != self) continue;
       spin_until([&] { return mbarrier_try_wait_long(&empty[at.stage], at.phase ^ 1); },
@@ -460,6 +483,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_ring_kernel(const __g
   }
   if (Traits::kShared && warp == 1) prefetch_shared(args);
   ptx::griddepcontrol_wait();
+  ring_prefetch_words<Traits>(args);
   stream_route<Traits>(args, shared, reinterpret_cast<int*>(ring));
   fence_proxy_async_all();  // the ring was scratch until here
   __syncthreads();
