@@ -1,6 +1,7 @@
 // src/gpu on a card: tensor maps and bulk copies, multicast, graphs, events, dependent launches, and what errors say.
 #include "foundation_kernels.h"
 #include "gpu/error.h"
+#include "gpu/l2_sides.h"
 #include "gpu/tma.h"
 #include "gpu_test.h"
 
@@ -28,6 +29,36 @@ TEST(GpuFoundation, DevicesDescribeThemselves) {
   EXPECT_GT(device.memory_bytes, int64_t{1} << 30);
   EXPECT_GT(device.l2_bytes, 0);
   EXPECT_GE(device.max_smem_bytes, 96 * 1024);
+}
+
+// Measured twice: the same. Of an aligned pair of chunks each side has one, and measuring changes nothing in memory.
+TEST(GpuFoundation, SidesOfTheL2) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  const gpu::SmSides sms = gpu::find_sm_sides(machine.stream.get()), again = gpu::find_sm_sides(machine.stream.get());
+  if (!sms.known || !again.known) GTEST_SKIP() << "this GPU's L2 has no two sides, or other work hid them";
+  EXPECT_EQ(std::vector(std::begin(sms.bits), std::end(sms.bits)),
+            std::vector(std::begin(again.bits), std::end(again.bits)));
+  constexpr int64_t kChunks = 2048;
+  gpu::AlignedBuffer memory(kChunks * gpu::kL2ChunkBytes, 2 * gpu::kL2ChunkBytes);
+  std::vector<uint32_t> words(static_cast<size_t>(memory.bytes() / 4)), after(words.size());
+  for (size_t i = 0; i < words.size(); ++i) words[i] = static_cast<uint32_t>(i * 2654435761u);
+  gpu::copy_to_device(memory.as<void>(), words.data(), memory.bytes(), machine.stream.get());
+  const auto find = [&] { return gpu::find_chunk_sides(sms, memory.as<void>(), kChunks, machine.stream.get()); };
+  const std::vector<uint8_t> sides = find(), sides_again = find();
+  gpu::copy_to_host(after.data(), memory.as<void>(), memory.bytes(), machine.stream.get());
+  machine.stream.synchronize();
+  EXPECT_EQ(words, after);
+  int odd_pairs = 0, changed = 0;
+  for (size_t i = 0; i < sides.size(); ++i) {
+    changed += sides[i] != sides_again[i];
+    if (i % 2 == 0) odd_pairs += sides[i] == sides[i + 1];
+  }
+  EXPECT_LE(changed, kChunks / 100);  // an interrupted measurement may be wrong
+  EXPECT_LE(odd_pairs, kChunks / 100);
+  const gpu::SmSides unknown;
+  const std::vector<uint8_t> zeros = gpu::find_chunk_sides(unknown, memory.as<void>(), kChunks, machine.stream.get());
+  EXPECT_EQ(zeros, std::vector<uint8_t>(kChunks));
 }
 
 // A box that hangs over both edges of a matrix whose rows are padded: swizzled in shared memory, zeros outside; the store leaves alone what lies outside.

@@ -108,6 +108,17 @@ void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {
                    "num_tokens * num_topk = %lld, expected at most %lld in the plan's tier (%s)",
                    static_cast<long long>(args.num_tokens * args.shape.num_topk),
                    static_cast<long long>(moe_tier_max_slots(plan.tier)), plan.workload);
+  DSV4_GPU_REQUIRE("moe",
+                   plan.tier != MoeTier::kStream ||
+                       (args.shape.hidden <= sm90::kStreamMaxColumns && args.shape.inter <= sm90::kStreamMaxColumns),
+                   "hidden = %d, inter = %d, expected at most %d in the streaming tier", args.shape.hidden,
+                   args.shape.inter, sm90::kStreamMaxColumns);
+  DSV4_GPU_REQUIRE("moe",
+                   (reinterpret_cast<uintptr_t>(args.experts.fc1) | reinterpret_cast<uintptr_t>(args.experts.fc2)) %
+                           kMoeChunkPairBytes ==
+                       0,
+                   "fc1 at %p, fc2 at %p, expected multiples of %lld", static_cast<const void*>(args.experts.fc1),
+                   static_cast<const void*>(args.experts.fc2), static_cast<long long>(kMoeChunkPairBytes));
   DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || !args.shared_y,
                    "expected the shared expert as weights (inter = %d) or as shared_y, found both", args.shared.inter);
   DSV4_GPU_REQUIRE("moe", !args.shared.fc1 || (args.shared.inter > 0 && args.shared.inter % 64 == 0),
