@@ -45,8 +45,10 @@ Bench::Bench(int argc, char** argv) {
       quick_ = true;
     else if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc)
       json_path_ = argv[++i];
+    else if (std::strcmp(argv[i], "--only") == 0 && i + 1 < argc)
+      only_.emplace_back(argv[++i]);
     else
-      throw_usage("{}: unknown argument {} (known: --json FILE, --quick)", argv[0], argv[i]);
+      throw_usage("{}: unknown argument {} (known: --json FILE, --quick, --only TEXT)", argv[0], argv[i]);
   }
   device_ = gpu::current_device();
   context_.stream = stream_.get();
@@ -75,6 +77,12 @@ double Bench::time_us(int copies, const std::function<void(const GpuContext&, in
   return median(times);
 }
 
+bool Bench::wanted(const std::string& op, const std::string& shape) const {
+  return only_.empty() || std::any_of(only_.begin(), only_.end(), [&](const std::string& text) {
+           return (op + " " + shape + "$").find(text) != std::string::npos;
+         });
+}
+
 void Bench::measure_ceilings() {
   const int64_t bytes = quick_ ? int64_t{256} << 20 : int64_t{2} << 30;
   gpu::DeviceBuffer from(bytes), to(bytes);
@@ -95,6 +103,7 @@ void Bench::measure_ceilings() {
 
 void Bench::stream(const std::string& op, const std::string& shape, double bytes, const std::string& ceiling,
                    int copies, const std::function<void(const GpuContext&, int)>& body) {
+  if (!wanted(op, shape)) return;
   const int launches = copies * rounds(bytes);
   const auto turn = [&](const GpuContext& c, int i) { body(c, i % copies); };
   const double us = time_us(launches, turn), pdl_us = time_us(launches, turn, true);
@@ -127,6 +136,7 @@ double Bench::same_size_copy_us(double bytes, int copies) {
 
 void Bench::latency(const std::string& op, const std::string& shape,
                     const std::function<void(const GpuContext&, int)>& body) {
+  if (!wanted(op, shape)) return;
   results_.push_back({op, shape, time_us(32, body), 0, "", 0, "graph, L2 hot"});
   results_.push_back({op, shape, time_us(32, body, true), 0, "", 0, "graph with PDL, L2 hot"});
 }

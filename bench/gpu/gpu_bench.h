@@ -1,6 +1,7 @@
 // Shared by the GPU benches: timing inside CUDA graphs, the machine's own ceilings, one table and one JSON file per binary.
 //
-// Usage of every bench binary: dsv4_bench_gpu_<op> [--json FILE] [--quick]
+// Usage of every bench binary: dsv4_bench_gpu_<op> [--json FILE] [--quick] [--only TEXT]...
+// --only: cases whose "op shape$" contains one of the texts.
 //
 // Timing: a graph holds `copies` launches, each on buffers of its own (together larger than L2 for the streaming cases), short ones four times;
 // after warm-up the graph is replayed `kReplays` times between events; the median of time / copies is reported. Launch gaps are
@@ -55,11 +56,13 @@ class Bench {
  private:
   void measure_ceilings();
   double same_size_copy_us(double bytes, int copies);
+  bool wanted(const std::string& op, const std::string& shape) const;
 
   gpu::Stream stream_;
   GpuContext context_;
   gpu::Device device_;
   std::string json_path_;
+  std::vector<std::string> only_;
   bool quick_ = false;
   double copy_ = 0, own_copy_ = 0, read_ = 0, launch_us_ = 0, launch_pdl_us_ = 0;
   std::vector<Result> results_;

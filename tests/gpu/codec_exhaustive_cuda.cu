@@ -22,7 +22,9 @@ __global__ void encode_run(uint32_t first, uint8_t* codes) {
     if constexpr (kWhat == What::kE2m1) {
       bool has_nan;
       const float amax = amax_of(x, &has_nan);
-      nibbles = !has_nan && amax < 7.0f ? encode_small_e2m1x8(x, 1.0f) : encode_any_e2m1x8(x, 1.0f);
+      nibbles = !has_nan && amax < 7.0f
+                    ? encode_small_e2m1x8(x, kSmallE2m1Scale, signs_of_floats(x), signs_of_floats(x + 4))
+                    : encode_any_e2m1x8(x, 1.0f);
     } else {
       for (int i = 0; i < 8; ++i) nibbles |= static_cast<uint32_t>(encode_e2m1(x[i])) << (4 * i);
     }

@@ -57,6 +57,12 @@ __device__ __forceinline__ uint32_t cvt_bf16x2(float even, float odd) {
 }
 __device__ __forceinline__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+// Exact.
+__device__ __forceinline__ double cvt_f64_bf16(uint32_t bits) {
+  double result;
+  asm("cvt.f64.bf16 %0, %1;" : "=d"(result) : "h"(static_cast<uint16_t>(bits)));
+  return result;
+}
 
 // Packed bf16 product, each half rounded once; subnormals kept.
 __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
@@ -66,14 +72,15 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 
 // Packed bf16 minimum and maximum: NaN if either is (_nan), else the number of a number and a NaN.
-__device__ __forceinline__ uint32_t abs_bf16x2(uint32_t a) {
-  uint32_t result;
-  asm("abs.bf16x2 %0, %1;" : "=r"(result) : "r"(a));
-  return result;
-}
 __device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+// Larger magnitude of each half, under the product of their signs; NaN if either is.
+__device__ __forceinline__ uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
 __device__ __forceinline__ uint32_t min_nan_bf16x2(uint32_t a, uint32_t b) {
@@ -127,10 +134,10 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return result;
 }
 
-// (a & mask) | bits in one instruction, also where both are constants.
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+// a * b + c in one instruction, also where b is a power of two.
+__device__ __forceinline__ uint64_t multiply_add_wide(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t result;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(result) : "r"(a), "r"(b), "l"(c));
   return result;
 }
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {

@@ -1,4 +1,7 @@
 // inverse_rope_quantize: attention output, rotated back by the query's position, quantised in the grouped layout.
+#include <algorithm>
+#include <bit>
+
 #include "ops/quantize/quantize_gpu.h"
 #include "ops/quantize/quantize_launch.cuh"
 
@@ -10,14 +13,12 @@ struct InverseRopeSource {
   const float* cos_sin;
   const int32_t* positions;
   uint32_t num_tokens, token_vecs, group_vecs;
-  uint32_t head_vecs, first_rope_vec;  // head_vecs = head_dim / 16 is a power of two
+  uint32_t head_vecs, head_shift, first_rope_vec;  // head_vecs = head_dim / 16 = 2^head_shift
   uint32_t num_pairs;
   bool groups_by_rotation;
-  gpu::FastDiv by_tokens;
-  gpu::FastDiv by_plain_vecs,
-      by_other_vecs;  // staged: vectors of a head worked on first (none of them rotated), and the others
+  gpu::FastDiv by_tokens, by_rope_vecs;
 
-  static constexpr SourceTraits kTraits{.has_rows = true, .ring_stream = true, .ring_rows = true, .settles = true};
+  static constexpr SourceTraits kTraits{.has_rows = true, .ring_stream = true, .ring_rows = true, .prepares = true};
   struct Raw {
     uint4 low, high;
   };
@@ -62,17 +63,12 @@ struct InverseRopeSource {
     return vector_at(raw.low, raw.high, vec, cos_sin + int64_t{positions[token_of(row)]} * (2 * num_pairs));
   }
 
-  // Staged: vectors, then the token's cosines and sines. The rotated vectors come last, so that most rounds of a warp have none.
+  // Staged: vectors of whole heads, then the token's cosines and sines.
   __host__ bool stageable() const {
-    return by_plain_vecs.divisor < head_vecs && first_rope_vec >= 8 && reinterpret_cast<uintptr_t>(cos_sin) % 16 == 0;
+    return num_pairs > 0 && head_vecs <= 128 && reinterpret_cast<uintptr_t>(cos_sin) % 16 == 0;
   }
   __host__ uint32_t extra_bytes(uint32_t) const { return num_pairs * 8; }
   __device__ __forceinline__ int32_t ahead(uint32_t row) const { return positions[token_of(row)]; }
-  __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t count) const {
-    const uint32_t in_front = count / head_vecs * by_plain_vecs.divisor;
-    if (i < in_front) return i + by_plain_vecs.quotient(i) * by_other_vecs.divisor;
-    return i - in_front + (by_other_vecs.quotient(i - in_front) + 1) * by_plain_vecs.divisor;
-  }
   __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec,
                                         uint32_t count, int32_t position) const {
     ptx::mbarrier_arrive_expect_tx(barrier, count * kTraits.vec_bytes + num_pairs * 8);
@@ -83,15 +79,20 @@ struct InverseRopeSource {
   __device__ __forceinline__ void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const {
     ptx::bulk_prefetch_l2(at(row, first_vec), count * kTraits.vec_bytes);
   }
-  __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t count, uint32_t vec, float) const {
-    if (!rotated(vec)) return load_bf16_vector(stage + vec * kTraits.vec_bytes);
-    const auto* from = reinterpret_cast<const uint4*>(stage + vec * kTraits.vec_bytes);
-    return vector_at(from[0], from[1], vec, reinterpret_cast<const float*>(stage + count * kTraits.vec_bytes));
+  // Rotates in place.
+  __device__ __forceinline__ void prepare(uint8_t* stage, uint32_t count) const {
+    const auto* angles = reinterpret_cast<const float*>(stage + count * kTraits.vec_bytes);
+    const uint32_t rope_vecs = head_vecs - first_rope_vec;
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x % 32; i < (count >> head_shift) * rope_vecs; i += 32) {
+      const uint32_t head = by_rope_vecs.quotient(i),
+                     vec = (head << head_shift) + first_rope_vec + i - head * rope_vecs;
+      uint8_t* at = stage + vec * kTraits.vec_bytes;
+      const auto* from = reinterpret_cast<const uint4*>(at);
+      store_bf16_vector(at, vector_at(from[0], from[1], vec, angles));
+    }
   }
-  __device__ __forceinline__ void settle(uint8_t* stage, uint32_t, uint32_t vec, const Vector16& v) const {
-    if (rotated(vec)) store_bf16_vector(stage + vec * kTraits.vec_bytes, v);
-  }
-  __device__ __forceinline__ Vector16 settled(const uint8_t* stage, uint32_t, uint32_t vec) const {
+  __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t, uint32_t vec, float) const {
     return load_bf16_vector(stage + vec * kTraits.vec_bytes);
   }
 };
@@ -118,10 +119,8 @@ void inverse_rope_quantize(const InverseRopeQuantizeArgs& args, const GpuContext
   source.num_pairs = static_cast<uint32_t>(args.rope_dim / 2);
   source.groups_by_rotation = args.head_dim == 512 && args.rope_dim <= 128 && args.heads_per_group % 8 == 0;
   source.by_tokens = gpu::FastDiv(source.num_tokens);
-  const uint32_t kept_together = args.out.format == RowFormat::kFp8 ? 8 : 2,
-                 plain = source.first_rope_vec / kept_together * kept_together;
-  source.by_plain_vecs = gpu::FastDiv(plain > 0 ? plain : 1);
-  source.by_other_vecs = gpu::FastDiv(plain < source.head_vecs ? source.head_vecs - plain : 1);
+  source.by_rope_vecs = gpu::FastDiv(std::max(source.head_vecs - source.first_rope_vec, 1u));
+  source.head_shift = static_cast<uint32_t>(std::countr_zero(source.head_vecs));
   launch_quantize(kOp, source, args.out, RowNorm{}, args.num_tokens * (args.num_heads / args.heads_per_group),
                   int64_t{args.heads_per_group} * args.head_dim, context);
 }

@@ -31,7 +31,6 @@ struct Bf16Source {
   __host__ bool stageable() const { return true; }
   __host__ uint32_t extra_bytes(uint32_t) const { return 0; }
   __device__ __forceinline__ int32_t ahead(uint32_t) const { return 0; }
-  __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t) const { return i; }
   __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec,
                                         uint32_t count, int32_t) const {
     ptx::mbarrier_arrive_expect_tx(barrier, count * kTraits.vec_bytes);
@@ -72,7 +71,7 @@ struct F32Source {
 #pragma unroll
       for (int j = 0; j < 4; ++j) v.x[4 * i + j] = __uint_as_float(words[j]);
     }
-    v.amax = amax_with_nan(v.x);
+    finish_vector(v);
     return v;
   }
 };

@@ -34,6 +34,7 @@ struct SourceTraits {
   bool has_rows = false;  // vectors depend on the row beyond their address
   int stream_ctas = 4;    // per SM, where rows are not contiguous
   bool ring_stream = false, ring_tiled = false, ring_rows = false, ring_norm = false;
+  bool prepares = false;        // staged vectors are changed before they are read
   bool settles = false;         // values cost so much that a second pass finds them in the stage
   uint32_t vec_bytes = 32;      // of a vector's inputs
   uint32_t ring_rows_from = 0;  // vectors per multiprocessor from which on rows that must be seen whole go to the ring
@@ -75,7 +76,8 @@ struct RowNorm {
 
 struct Vector16 {
   float x[16];
-  float amax;  // largest magnitude; NaN if one is
+  float amax;         // largest magnitude; NaN if one is
+  uint32_t signs[4];  // of four elements each, in the top bits of bytes
 };
 
 __device__ __forceinline__ float amax_with_nan(const float (&x)[16]) {
@@ -87,16 +89,25 @@ __device__ __forceinline__ float amax_with_nan(const float (&x)[16]) {
   return ptx::max_nan(ptx::max_nan(largest[0], largest[1]), ptx::max_nan(largest[2], largest[3]));
 }
 
+// Sets what follows from x.
+__device__ __forceinline__ void finish_vector(Vector16& v) {
+  v.amax = amax_with_nan(v.x);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v.signs[j] = signs_of_floats(v.x + 4 * j);
+}
+
 // Eight bf16 pairs as a vector; magnitudes are compared before they are widened.
 __device__ __forceinline__ Vector16 vector_of_pairs(const uint32_t (&pairs)[8]) {
   Vector16 v;
   uint32_t largest[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
-    largest[j] = ptx::max_nan_bf16x2(ptx::abs_bf16x2(pairs[2 * j]), ptx::abs_bf16x2(pairs[2 * j + 1]));
-  largest[0] =
-      ptx::max_nan_bf16x2(ptx::max_nan_bf16x2(largest[0], largest[1]), ptx::max_nan_bf16x2(largest[2], largest[3]));
-  v.amax = ptx::max_nan(ptx::low_bf16(largest[0]), ptx::high_bf16(largest[0]));
+  for (int j = 0; j < 4; ++j) {
+    largest[j] = ptx::max_magnitude_bf16x2(pairs[2 * j], pairs[2 * j + 1]);
+    v.signs[j] = signs_of_pairs(pairs[2 * j], pairs[2 * j + 1]);
+  }
+  largest[0] = ptx::max_magnitude_bf16x2(ptx::max_magnitude_bf16x2(largest[0], largest[1]),
+                                         ptx::max_magnitude_bf16x2(largest[2], largest[3]));
+  v.amax = ptx::max_nan(fabsf(ptx::low_bf16(largest[0])), fabsf(ptx::high_bf16(largest[0])));
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     v.x[2 * j] = ptx::low_bf16(pairs[j]);
@@ -142,27 +153,29 @@ __device__ __forceinline__ float norm_factor(double sum, uint32_t vecs_per_row, 
 // ---- encoding ----
 
 // kVecs vectors of this lane -> codes and scale bytes (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
-// are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again.
-template <RowFormat kFormat, int kVecs>
+// are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again, with
+// again(k) for v[k].
+template <RowFormat kFormat, int kVecs, class Again>
 __device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain,
-                                               uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs]) {
+                                               uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs], const Again& again) {
   if constexpr (kFormat == RowFormat::kNvfp4) {
     bool ok = plain;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
       const Nvfp4GroupScale scale = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
       sf[k] = scale.sf;
-      codes[k].x = encode_small_e2m1x8(v[k].x, scale.multiplier);
-      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale.multiplier);
-      ok = ok && __fmul_rn(v[k].amax, scale.multiplier) < 7.0f;
+      codes[k].x = encode_small_e2m1x8(v[k].x, scale.multiplier, v[k].signs[0], v[k].signs[1]);
+      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale.multiplier, v[k].signs[2], v[k].signs[3]);
+      ok = ok && __fmul_rn(v[k].amax, scale.multiplier) < 7.0f * kSmallE2m1Scale;
     }
     if (ok) return;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
-      const Nvfp4GroupScale scale = nvfp4_group_scale(amax_of_numbers(v[k]), global, rcp6);
+      const Vector16 w = again(k);
+      const Nvfp4GroupScale scale = nvfp4_group_scale(amax_of_numbers(w), global, rcp6);
       sf[k] = scale.sf;
-      codes[k].x = encode_any_e2m1x8(v[k].x, scale.multiplier);
-      codes[k].y = encode_any_e2m1x8(v[k].x + 8, scale.multiplier);
+      codes[k].x = encode_any_e2m1x8(w.x, scale.multiplier);
+      codes[k].y = encode_any_e2m1x8(w.x + 8, scale.multiplier);
     }
   } else if constexpr (kFormat == RowFormat::kFp8) {
     float amax[kVecs];
@@ -216,7 +229,7 @@ __device__ __forceinline__ void write_vector(const QuantizedRows& out, const Qua
   const Vector16 vectors[1] = {vector};
   uint4 codes[1];
   uint32_t sf[1];
-  encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf);
+  encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf, [&](int) { return vector; });
   if (!valid) return;
   write_codes<kFormat>(out, v, codes[0]);
   if constexpr (kFormat == RowFormat::kFp8) {
@@ -272,11 +285,16 @@ __global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.st
   if (first + ordered < shape.num_vecs) raw = source.load(row, vec), factor = source.row_factor(row);
 #pragma unroll 1
   for (uint32_t i = 0; i < vecs_per_thread; ++i, first += kStreamThreads) {
-    if (first + threadIdx.x / 32 * 32 >= shape.num_vecs) break;  // whole warps leave together
+    // Whole warps leave together. NVFP4: after the loads, because the compiler moves loads behind arithmetic unless a branch keeps them
+    // in front; the shorter arithmetic of the other results is better off without.
+    constexpr bool kLoadsFirst = kFormat == RowFormat::kNvfp4;
+    const bool leaves = first + threadIdx.x / 32 * 32 >= shape.num_vecs;
+    if (!kLoadsFirst && leaves) break;
     const uint32_t v = first + ordered, next_v = v + kStreamThreads, next_row = row_of(next_v),
                    next_vec = vec_of(next_v, next_row);
     if (i + 1 < vecs_per_thread && next_v < shape.num_vecs)
       next = source.load(next_row, next_vec), next_factor = source.row_factor(next_row);
+    if (kLoadsFirst && leaves) break;
     const bool valid = v < shape.num_vecs;
     if constexpr (!kFlat && kFormat == RowFormat::kNvfp4)
       if (out.global_mode == GlobalMode::kPerRow && valid) {
@@ -289,7 +307,7 @@ __global__ void __launch_bounds__(kStreamThreads, kFlat ? 4 : Source::kTraits.st
       const Vector16 vectors[1] = {vector};
       uint4 codes[1];
       uint32_t sf[1];
-      encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf);
+      encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf, [&](int) { return vector; });
       if (valid) {
         write_codes<kFormat>(out, v, codes[0]);
         out.sf[v] = static_cast<uint8_t>(sf[0]);

@@ -44,9 +44,9 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
                            tiled, has_norm(mode) ? shape.vecs_per_row : 0);
   };
   if (mode == RingMode::kStream) {
-    const RingPlan plan = tiled ? (is_long ? RingPlan{kTiledWarps, 2, 256, 1} : RingPlan{kTiledWarps, 3, 128, 1})
-                          : Source::kTraits.settles ? RingPlan{is_long ? 24u : 16u, 1, 256, 1}
-                                                    : RingPlan{24, 1, 64, 2};
+    const RingPlan plan = tiled                       ? RingPlan{kTiledWarps, 3, 128, 1}
+                          : !Source::kTraits.prepares ? RingPlan{24, 1, 64, 2}
+                                                      : RingPlan{is_long ? 24u : 16u, 1, 256, 1};
     // Shorter calls start and end sooner without the ring, unless a predecessor hides the start.
     const bool pays = is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent));
     return pays && smem_of(plan) <= limit ? plan : RingPlan{};
@@ -91,6 +91,16 @@ void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeS
               source, out, shape, ring, norm);
 }
 
+// One long row to quantize_stream, which then spares a division a vector.
+template <class Source>
+bool is_flat(const Source& source, const QuantizedRows& out, const QuantizeShape& shape) {
+  if constexpr (Source::kTraits.has_rows)
+    return false;
+  else
+    return source.contiguous(shape.vecs_per_row) && out.sf_layout == SfLayout::kLinear &&
+           out.global_mode != GlobalMode::kPerRow && (out.format == RowFormat::kBf16 || !out.y);
+}
+
 template <class Source, RowFormat kFormat>
 void launch_stream(const Source& source, const QuantizedRows& out, const QuantizeShape& shape,
                    const GpuContext& context) {
@@ -105,9 +115,8 @@ void launch_stream(const Source& source, const QuantizedRows& out, const Quantiz
       .stream = context.stream,
       .dependent = context.dependent};
   if constexpr (!Source::kTraits.has_rows) {
-    const bool flat = source.contiguous(shape.vecs_per_row) && out.sf_layout == SfLayout::kLinear &&
-                      out.global_mode != GlobalMode::kPerRow && (kFormat == RowFormat::kBf16 || !out.y);
-    if (flat) return gpu::launch(quantize_stream<Source, kFormat, true>, config, source, out, shape, vecs_per_thread);
+    if (is_flat(source, out, shape))
+      return gpu::launch(quantize_stream<Source, kFormat, true>, config, source, out, shape, vecs_per_thread);
   }
   gpu::launch(quantize_stream<Source, kFormat, false>, config, source, out, shape, vecs_per_thread);
 }
@@ -169,15 +178,14 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
   if (norm.weight || out.global_mode == GlobalMode::kComputeRow)
     return launch_rows(op, source, out, shape, norm, context);
   if constexpr (Source::kTraits.ring_stream)
-    if (out.format == RowFormat::kNvfp4 && !out.y) {
+    if (!out.y && !is_flat(source, out, shape)) {
       const RingPlan plan = plan_ring(source, out, shape, RingMode::kStream, context);
-      if (plan.warps > 0 && out.sf_layout == SfLayout::kLinear)
-        return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, false, 768>(source, out, shape, norm, plan,
-                                                                                     context);
+      constexpr RowFormat kFp4 = RowFormat::kNvfp4;
+      if (plan.warps > 0 && out.format == kFp4 && out.sf_layout == SfLayout::kLinear)
+        return launch_ring<Source, kFp4, RingMode::kStream, false, 768>(source, out, shape, norm, plan, context);
       if constexpr (Source::kTraits.ring_tiled)
-        if (plan.warps > 0)
-          return launch_ring<Source, RowFormat::kNvfp4, RingMode::kStream, true, 768>(source, out, shape, norm, plan,
-                                                                                      context);
+        if (plan.warps > 0 && out.format == kFp4)
+          return launch_ring<Source, kFp4, RingMode::kStream, true, 768>(source, out, shape, norm, plan, context);
     }
   switch (out.format) {
     case RowFormat::kNvfp4:

@@ -10,7 +10,8 @@
 //   int32_t ahead(uint32_t row) const;        // loaded early, handed to queue()
 //   void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec, uint32_t count, int32_t ahead) const;   // one lane
 //   void prefetch_piece(uint32_t row, uint32_t first_vec, uint32_t count) const;                                            // one lane
-//   uint32_t ring_order(uint32_t i, uint32_t count) const;   // the i-th vector to work on; keeps pairs, for kFp8 aligned eights
+//   kTraits.prepares: a warp changes the stage before it reads vectors:
+//   void prepare(uint8_t* stage, uint32_t count) const;
 //   Vector16 staged(const uint8_t* stage, uint32_t count, uint32_t vec, float row_factor) const;
 //   kTraits.settles: the first of two passes leaves its values in the stage:
 //   void settle(uint8_t* stage, uint32_t count, uint32_t vec, const Vector16&) const;
@@ -21,14 +22,15 @@
 
 namespace dsv4 {
 
-constexpr uint32_t kRingMaxStages = 4;
 constexpr uint32_t kTiledWarps =
     8;  // two neighbouring rows and the six that lie 32, 64 and 96 further share a sector of 128x4 scales
+
+constexpr uint32_t kRingMaxStages = 4;
 
 enum class RingMode { kStream, kRowGlobal, kNorm, kNormRowGlobal };
 
 struct RingShape {
-  uint32_t stages, stage_bytes, piece_vecs;  // pieces of a warp; the last piece of a row may be shorter
+  uint32_t stages, stage_bytes, piece_vecs;  // of a warp; the last piece of a row may be shorter
   uint32_t num_units;                        // pieces; 128x4: sets of eight
   uint32_t tiles;                            // 128x4: per matrix
   gpu::FastDiv by_parts, by_tiles;
@@ -39,9 +41,10 @@ struct RingPiece {
   bool exists, valid;  // exists, but pads a 128x4 matrix: not valid
 };
 
+// This warp's piece number step.
 template <bool kTiled, bool kWholeRows>
 __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, const RingShape& ring, uint32_t step) {
-  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t warps = blockDim.x / 32, warp = threadIdx.x / 32;
   RingPiece piece;
   if constexpr (kTiled) {
     const uint32_t unit = step * gridDim.x + blockIdx.x, set = ring.by_parts.quotient(unit);
@@ -53,7 +56,7 @@ __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, cons
     piece.exists = unit < ring.num_units;
     piece.valid = piece.exists && m < shape.sf_matrix_rows;
   } else {
-    const uint32_t unit = (step * gridDim.x + blockIdx.x) * (blockDim.x / 32) + warp;
+    const uint32_t unit = (step * gridDim.x + blockIdx.x) * warps + warp;
     piece.row = kWholeRows ? unit : ring.by_parts.quotient(unit);
     piece.first_vec = kWholeRows ? 0 : (unit - piece.row * ring.by_parts.divisor) * ring.piece_vecs;
     piece.exists = piece.valid = unit < ring.num_units;
@@ -109,45 +112,39 @@ __device__ __forceinline__ void store_bf16_vector(uint8_t* to, const Vector16& v
 
 // ---- the norm of a staged bf16 row ----
 
-// Magnitudes of a bf16 pair times 2^-384 as binary64, put together from their bits: no conversion, which would take eight times as long
-// as other instructions. Exact for normal numbers; zeros and subnormals become less than 2^-510, infinities and NaN at least 2^-256.
-__device__ __forceinline__ double low_scaled_magnitude(uint32_t pair) {
-  return __hiloint2double(static_cast<int>(ptx::and_or(pair << 13, 0x0fffe000u, 0x20000000u)), 0);
-}
+// Magnitude of a pair's high bf16 times 2^-384 as binary64, put together from its bits. Exact for normal numbers; zeros and subnormals
+// become less than 2^-510, infinities and NaN at least 2^-256.
 __device__ __forceinline__ double high_scaled_magnitude(uint32_t pair) {
-  return __hiloint2double(static_cast<int>(ptx::and_or(pair >> 3, 0x0fffe000u, 0x20000000u)), 0);
+  return __longlong_as_double(
+      static_cast<long long>(ptx::multiply_add_wide(pair & 0x7fff0000u, 1u << 29, uint64_t{0x20000000} << 32)));
 }
-// Whether a sum of their squares, times 2^768, is that of the numbers: what zeros and subnormals add is lost in it, and nothing infinite is.
-__device__ __forceinline__ bool scaled_squares_hold(double sum) { return sum > 0x1p-868 && sum < 0x1p-518; }
 
-// Sum of squares; every lane gets it.
+// Sum of squares; every lane gets it. Low halves are converted, high ones put together: conversions to binary64 run at an eighth of the
+// speed of other instructions, which is fast enough for half of the numbers.
 __device__ __forceinline__ double staged_squares(const uint8_t* stage, uint32_t count) {
   const uint4* pieces = reinterpret_cast<const uint4*>(stage);
-  const auto sum_of = [&](const auto& add) {
+  const auto sum_of = [&](double high_scale, const auto& high_of) {
     double sums[4] = {};
 #pragma unroll 1
     for (uint32_t i = threadIdx.x % 32; i < 2 * count; i += 64) {  // count is a multiple of 32
       const uint4 near = pieces[i], far = pieces[i + 32];
       const uint32_t pairs[8] = {near.x, near.y, near.z, near.w, far.x, far.y, far.z, far.w};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) add(pairs[j], sums[2 * j % 4], sums[(2 * j + 1) % 4]);
+      for (int j = 0; j < 8; ++j) {
+        const double low = ptx::cvt_f64_bf16(pairs[j]), high = high_of(pairs[j]);
+        sums[j % 2] = __fma_rn(low, low, sums[j % 2]);
+        sums[2 + j % 2] = __fma_rn(high, high, sums[2 + j % 2]);
+      }
     }
-    double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double sum = __fma_rn(sums[2] + sums[3], high_scale, sums[0] + sums[1]);
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
     return sum;
   };
-  const double scaled = sum_of([](uint32_t pair, double& low_sum, double& high_sum) {
-    const double low = low_scaled_magnitude(pair), high = high_scaled_magnitude(pair);
-    low_sum = __fma_rn(low, low, low_sum);
-    high_sum = __fma_rn(high, high, high_sum);
-  });
-  if (scaled_squares_hold(scaled)) return scaled * 0x1p768;
-  return sum_of([](uint32_t pair, double& low_sum, double& high_sum) {
-    const double low = ptx::low_bf16(pair), high = ptx::high_bf16(pair);
-    low_sum = __fma_rn(low, low, low_sum);
-    high_sum = __fma_rn(high, high, high_sum);
-  });
+  const double sum = sum_of(0x1p768, [](uint32_t pair) { return high_scaled_magnitude(pair); });
+  // What zeros and subnormals add, less than 2^-252 each, is lost in the first bound; what is infinite passes the second.
+  if (sum > 0x1p-100 && sum < 0x1p250) return sum;
+  return sum_of(1.0, [](uint32_t pair) { return ptx::cvt_f64_bf16(pair >> 16); });
 }
 
 // Norm weights, widened once per CTA: quad k of vector v at [k * vecs + v].
@@ -262,6 +259,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       ptx::mbarrier_wait(full + stage, phases >> stage & 1);
       phases ^= 1u << stage;
 
+      if constexpr (Source::kTraits.prepares) {
+        source.prepare(data, count);
+        __syncwarp();
+      }
       float factor = 0;
       if constexpr (kNorm) factor = norm_factor(staged_squares(data, count), shape.vecs_per_row, norm.eps);
       const auto read = [&](uint32_t vec) {
@@ -275,10 +276,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
           constexpr int kVecs = decltype(rounds)::value;
           Vector16 v[kVecs];
 #pragma unroll
-          for (int k = 0; k < kVecs; ++k) v[k] = read(source.ring_order(i + 32 * k, count));
+          for (int k = 0; k < kVecs; ++k) v[k] = read(i + 32 * k);
 #pragma unroll
           for (int k = 0; k < kVecs; ++k) {
-            const uint32_t vec = source.ring_order(i + 32 * k, count);
+            [[maybe_unused]] const uint32_t vec = i + 32 * k;
             largest = fmaxf(largest, amax_of_numbers(v[k]));
             if constexpr (kNorm)
               store_bf16_vector(data + vec * Source::kTraits.vec_bytes, v[k]);
@@ -294,6 +295,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         rcp6 = nvfp4_rcp6({global});
         plain = nvfp4_global_is_plain(global);
       }
+      const auto read_again = [&](uint32_t vec) {
+        if constexpr (kRowGlobal && kNorm)
+          return load_bf16_vector(data + vec * Source::kTraits.vec_bytes);
+        else if constexpr (kRowGlobal && Source::kTraits.settles)
+          return source.settled(data, count, vec);
+        else
+          return read(vec);
+      };
       for_rounds(count, [&](auto rounds, uint32_t i) {
         constexpr int kVecs = decltype(rounds)::value;
         Vector16 v[kVecs];
@@ -301,18 +310,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         uint4 codes[kVecs];
 #pragma unroll
         for (int k = 0; k < kVecs; ++k) {
-          vec[k] = source.ring_order(i + 32 * k, count);
-          if constexpr (kRowGlobal && kNorm)
-            v[k] = load_bf16_vector(data + vec[k] * Source::kTraits.vec_bytes);
-          else if constexpr (kRowGlobal && Source::kTraits.settles)
-            v[k] = source.settled(data, count, vec[k]);
-          else
-            v[k] = read(vec[k]);
+          vec[k] = i + 32 * k;
+          v[k] = read_again(vec[k]);
         }
-        encode_vectors<kFormat>(v, global, rcp6, plain, codes, scales);
+        if (kNorm && out.y)
+#pragma unroll
+          for (int k = 0; k < kVecs; ++k) write_bf16(out, first_v + vec[k], true, v[k]);
+        encode_vectors<kFormat>(v, global, rcp6, plain, codes, scales, [&](int k) { return read_again(vec[k]); });
 #pragma unroll
         for (int k = 0; k < kVecs; ++k) {
-          if (kNorm && out.y) write_bf16(out, first_v + vec[k], true, v[k]);
           write_codes<kFormat>(out, first_v + vec[k], codes[k]);
           if constexpr (kFormat == RowFormat::kNvfp4)
             sf[vec[k]] = static_cast<uint8_t>(scales[k]);
@@ -320,7 +326,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             sf[vec[k] / 8] = static_cast<uint8_t>(scales[k]);
         }
       });
-      if constexpr (kRowGlobal && (kNorm || Source::kTraits.settles))
+      if constexpr (Source::kTraits.prepares || (kRowGlobal && (kNorm || Source::kTraits.settles)))
         ptx::fence_proxy_async();  // written by this warp, next by the copy engine
       __syncwarp();
     } else {

@@ -68,7 +68,7 @@ struct SwigluSource {
         v.x[2 * j + 1] = swiglu_device(ptx::high_bf16(g[j]), ptx::high_bf16(u[j]), row_factor, limit);
       }
     }
-    v.amax = amax_with_nan(v.x);
+    finish_vector(v);
     return v;
   }
 
@@ -78,7 +78,6 @@ struct SwigluSource {
     return piece_vecs * 4;
   }  // largest magnitudes, between the passes
   __device__ __forceinline__ int32_t ahead(uint32_t) const { return 0; }
-  __device__ __forceinline__ uint32_t ring_order(uint32_t i, uint32_t) const { return i; }
   __device__ __forceinline__ void queue(uint8_t* stage, uint64_t* barrier, uint32_t row, uint32_t first_vec,
                                         uint32_t count, int32_t) const {
     ptx::mbarrier_arrive_expect_tx(barrier, count * kTraits.vec_bytes);
@@ -113,6 +112,7 @@ struct SwigluSource {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       v.x[4 * j] = quads[j].x, v.x[4 * j + 1] = quads[j].y, v.x[4 * j + 2] = quads[j].z, v.x[4 * j + 3] = quads[j].w;
+    finish_vector(v);
     v.amax = reinterpret_cast<const float*>(stage + count * kTraits.vec_bytes)[vec];
     return v;
   }

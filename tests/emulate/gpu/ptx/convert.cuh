@@ -22,9 +22,11 @@ inline uint32_t cvt_bf16x2(float even, float odd) { return bf16_bits(even) | bf1
 inline float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 inline float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 inline float max_nan(float a, float b) { return std::isnan(a) ? a : std::isnan(b) ? b : std::fmax(a, b); }
-inline uint32_t abs_bf16x2(uint32_t pair) { return pair & 0x7fff7fffu; }
 inline uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
   return cvt_bf16x2(max_nan(low_bf16(a), low_bf16(b)), max_nan(high_bf16(a), high_bf16(b)));
+}
+inline uint32_t max_magnitude_bf16x2(uint32_t a, uint32_t b) {
+  return max_nan_bf16x2(a & 0x7fff7fffu, b & 0x7fff7fffu) | ((a ^ b) & 0x80008000u);
 }
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float rcp_approx_ftz(float x) { return 1.0f / x; }
