@@ -46,9 +46,11 @@ RingPlan plan_ring(const Source& source, const QuantizedRows& out, const Quantiz
   if (mode == RingMode::kStream) {
     const RingPlan plan = tiled                       ? RingPlan{kTiledWarps, 3, 128, 1}
                           : !Source::kTraits.prepares ? RingPlan{24, 1, 64, 2}
-                                                      : RingPlan{is_long ? 24u : 16u, 1, 256, 1};
+                          : is_long                   ? RingPlan{24, 1, 256, 1}
+                                                      : RingPlan{16, 1, 128, 2};
     // Shorter calls start and end sooner without the ring, unless a predecessor hides the start.
-    const bool pays = is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent));
+    const bool pays =
+        is_long || (shape.num_vecs >= (512u << 10) && (tiled || context.dependent || Source::kTraits.prepares));
     return pays && smem_of(plan) <= limit ? plan : RingPlan{};
   }
   // A warp per row: the number of warps that leaves the fewest idle in the last round. Few rows: a CTA per row is done sooner.
@@ -180,12 +182,15 @@ void launch_quantize(const char* op, const Source& source, const QuantizedRows& 
   if constexpr (Source::kTraits.ring_stream)
     if (!out.y && !is_flat(source, out, shape)) {
       const RingPlan plan = plan_ring(source, out, shape, RingMode::kStream, context);
-      constexpr RowFormat kFp4 = RowFormat::kNvfp4;
+      constexpr RowFormat kFp4 = RowFormat::kNvfp4, kFp8 = RowFormat::kFp8;
       if (plan.warps > 0 && out.format == kFp4 && out.sf_layout == SfLayout::kLinear)
         return launch_ring<Source, kFp4, RingMode::kStream, false, 768>(source, out, shape, norm, plan, context);
       if constexpr (Source::kTraits.ring_tiled)
         if (plan.warps > 0 && out.format == kFp4)
           return launch_ring<Source, kFp4, RingMode::kStream, true, 768>(source, out, shape, norm, plan, context);
+      if constexpr (Source::kTraits.prepares)
+        if (plan.warps > 0 && out.format == kFp8)
+          return launch_ring<Source, kFp8, RingMode::kStream, false, 768>(source, out, shape, norm, plan, context);
     }
   switch (out.format) {
     case RowFormat::kNvfp4:

@@ -56,7 +56,8 @@ __device__ __forceinline__ RingPiece ring_piece(const QuantizeShape& shape, cons
     piece.exists = unit < ring.num_units;
     piece.valid = piece.exists && m < shape.sf_matrix_rows;
   } else {
-    const uint32_t unit = (step * gridDim.x + blockIdx.x) * warps + warp;
+    const uint32_t unit =
+        kWholeRows ? (step * gridDim.x + blockIdx.x) * warps + warp : (step * warps + warp) * gridDim.x + blockIdx.x;
     piece.row = kWholeRows ? unit : ring.by_parts.quotient(unit);
     piece.first_vec = kWholeRows ? 0 : (unit - piece.row * ring.by_parts.divisor) * ring.piece_vecs;
     piece.exists = piece.valid = unit < ring.num_units;
