@@ -97,6 +97,28 @@ TEST_F(MoeGpu, SidesOfTheL2ChangeNoBits) {
     }
 }
 
+// The tiled tier's lists of larger tiles on one pair of CTAs, so that their rings wrap. The last ticket of fc2 has one strip for both CTAs. Small
+// enough for the sanitizers.
+TEST_F(MoeGpu, FewCtasLargerTiles) {
+  use({"wrap", 1088, 128, 4, 2});
+  for (const int64_t tokens : {60, 200}) {
+    const Layer l = layer(tokens, Routing::kUniform, false);
+    const Reference reference = make_reference(experts.linear(), l, ActFormat::kBf16, stream().get());
+    expect_right(l, {"tiled", ActFormat::kBf16, num_sms - 2}, reference);
+  }
+}
+// One CTA is a pair of its own; of three or five one stays out.
+TEST_F(MoeGpu, FewCtasOddNumbers) {
+  use({"wrap", 1088, 320, 4, 2});
+  for (const int64_t tokens : {12, 60, 200, 300}) {
+    const Layer l = layer(tokens, Routing::kHoles, false);
+    for (const ActFormat act : {ActFormat::kBf16, ActFormat::kNvfp4}) {
+      const Reference reference = make_reference(experts.linear(), l, act, stream().get());
+      for (const int ctas : {1, 3, 5}) expect_right(l, {"tiled", act, num_sms - ctas}, reference);
+    }
+  }
+}
+
 TEST_F(MoeGpu, FlashShape) {
   use({"flash/32", 4096, 2048, 32, 6});
   for (const int64_t tokens : {1, 12, 200}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));

@@ -32,6 +32,15 @@ __device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32
       "l"(global), "r"(bytes), "r"(smem_address(barrier)), "l"(static_cast<uint64_t>(hint))
       : "memory");
 }
+// To every CTA whose bit is set in cta_mask, same shared offset and barrier offset in each.
+__device__ __forceinline__ void bulk_load_multicast(void* smem, const void* global, uint32_t bytes, uint64_t* barrier,
+                                                    uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(smem_address(smem)),
+      "l"(global), "r"(bytes), "r"(smem_address(barrier)), "h"(cta_mask)
+      : "memory");
+}
 __device__ __forceinline__ void bulk_store(void* global, const void* smem, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(smem_address(smem)),
                "r"(bytes)
@@ -99,6 +108,11 @@ __device__ __forceinline__ void store_stream_16(void* pointer, uint4 v) {
   asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
+}
+
+// 8 bytes to global memory through a pointer of which the compiler does not know that it is one.
+__device__ __forceinline__ void store_global_8(void* pointer, uint32_t low, uint32_t high) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(pointer), "r"(low), "r"(high) : "memory");
 }
 
 }  // namespace dsv4::ptx

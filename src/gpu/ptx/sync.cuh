@@ -51,16 +51,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 }
 
 // The same, when the phase was completed from other CTAs of the cluster (store_async_cluster_*).
-__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+__device__ __forceinline__ bool mbarrier_try_wait_cluster(uint64_t* barrier, uint32_t parity) {
   uint32_t done;
-  do {
-    asm volatile(
-        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, "
-        "0, p;\n}"
-        : "=r"(done)
-        : "r"(smem_address(barrier)), "r"(parity)
-        : "memory");
-  } while (done == 0);
+  asm volatile(
+      "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, "
+      "0, p;\n}"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+  while (!mbarrier_try_wait_cluster(barrier, parity)) {
+  }
 }
 
 // ---- fences ----
@@ -100,19 +103,38 @@ __device__ __forceinline__ uint32_t cluster_cta_rank() {
   return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_num_ctas() {
+  uint32_t ctas;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ctas));
+  return ctas;
+}
+
 // ---- distributed shared memory ----
 
 // Address, in the shared::cluster window, of the same variable in another CTA of the cluster.
-__device__ __forceinline__ uint32_t map_to_cta(const void* pointer, uint32_t cta_rank) {
+__device__ __forceinline__ uint32_t map_to_cta(uint32_t smem_address, uint32_t cta_rank) {
   uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address(pointer)), "r"(cta_rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(smem_address), "r"(cta_rank));
   return remote;
+}
+__device__ __forceinline__ uint32_t map_to_cta(const void* pointer, uint32_t cta_rank) {
+  return map_to_cta(smem_address(pointer), cta_rank);
+}
+// On an mbarrier anywhere in the cluster (address from map_to_cta). Releases nothing beyond this CTA: with .release.cluster the arrival
+// waits for what the thread has written, more than a microsecond.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 // Stores into another CTA and counts the bytes on an mbarrier there (st.async, 9.7.9.12): no cluster barrier, nothing else is waited for.
 // Both addresses come from map_to_cta with the same rank.
 __device__ __forceinline__ void store_async_cluster_f32(uint32_t address, float value, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
                "r"(__float_as_uint(value)), "r"(barrier)
+               : "memory");
+}
+__device__ __forceinline__ void store_async_cluster_s32(uint32_t address, int32_t value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(value),
+               "r"(barrier)
                : "memory");
 }
 __device__ __forceinline__ void store_async_cluster_f64(uint32_t address, double value, uint32_t barrier) {

@@ -85,6 +85,12 @@ __device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
+template <int kOffset = 0>
+__device__ __forceinline__ int32_t load_shared_s32(uint32_t address) {
+  int32_t v;
+  asm volatile("ld.shared.s32 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
+  return v;
+}
 __device__ __forceinline__ uint32_t load_shared_u16(uint32_t address) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));

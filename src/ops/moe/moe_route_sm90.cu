@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         routing.tile_done[first_tile + j] = 0;
       }
     }
-    if (self < 2 * kTileLists) routing.ticket[self] = 0;
+    if (self < 4 * kTileLists) routing.ticket[self] = 0;
     if (self == 0) {
 #pragma unroll
       for (int i = 0; i < kTileLists; ++i) routing.num_tiles[i] = all.v[1 + i];

@@ -111,7 +111,7 @@ struct MoeRouting {
   int32_t* expert_rows;  // [num_experts, 2]  first padded row, rows in use
   int32_t* row_slot;     // [moe_max_rows]    slot of a padded row; rows without one are not written
   int32_t* slot_row;     // [slots]           padded row of a slot, -1 if unused
-  uint32_t* ticket;      // [kTileLists, 2]   fc1 (or both) / fc2; zeroed by routing
+  uint32_t* ticket;      // [kTileLists, 2, 2]  of fc1 and fc2, per side of the L2; zeroed by routing
   uint32_t* tile_done;   // [kTileLists, max_tiles]  zeroed by routing
   int max_tiles;         // moe_max_tiles
 };

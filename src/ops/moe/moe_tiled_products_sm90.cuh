@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "gpu/ptx/copy.cuh"
 #include "gpu/ptx/mma.cuh"
 #include "gpu/ptx/sync.cuh"
 #include "gpu/sm90/ring.cuh"
@@ -24,65 +25,83 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
 }
 // A value as it is, but not to be computed anew in every stage to spare its register.
 __device__ __forceinline__ uint32_t opaque(uint32_t v) { return __shfl_sync(0xffffffffu, v, threadIdx.x % 32); }
+__device__ __forceinline__ uint8_t* opaque(uint8_t* v) {
+  return reinterpret_cast<uint8_t*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(v), threadIdx.x % 32));
+}
 __device__ __forceinline__ void mbarrier_arrive_at(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// fc1: two gate/up values per token pair -> h in operand order, or (a4) binary32.
+// fc1, a16: two gate/up values per token pair -> h in operand order.
 template <int kN>
 __device__ __forceinline__ void tiled_finish_fc1(const MoeTiledArgs& args, const TiledTask& task, const float* rho,
                                                  const float* alpha, int strip, const float (&sum)[kN / 2], int warp,
                                                  int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  const float alpha_gate = alpha[0], alpha_up = alpha[1];
+  const int g = lane >> 2, t = lane & 3, padded = task.padded;
+  const float alpha_gate = alpha[0], alpha_up = alpha[1], limit = args.swiglu_limit;
   const int chunk = (strip & 1) * 4 + warp;
   uint8_t* target = reinterpret_cast<uint8_t*>(args.h_rows) +
                     static_cast<int64_t>(task.first_row) * args.shape.inter * 2 +
-                    static_cast<int64_t>(strip >> 1) * task.padded * 128 + g * 128 + ((chunk ^ g) << 4) + t * 4;
+                    static_cast<int64_t>(strip >> 1) * padded * 128 + g * 128 + ((chunk ^ g) << 4) + t * 4;
 #pragma unroll
   for (int tile = 0; tile < kN / 8; ++tile) {
-    if (tile * 8 >= task.padded) break;  // the instance may be wider than the tile
-    asm volatile("" ::: "memory");       // one tile at a time: the sums fill the registers
+    if (tile * 8 >= padded) break;  // the instance may be wider than the tile
+    asm volatile("" ::: "memory");  // one tile at a time: the sums fill the registers
+    const float2 weight = *reinterpret_cast<const float2*>(rho + tile * 8 + 2 * t);
     float h[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = tile * 8 + 2 * t + i;
-      float gate_alpha = alpha_gate, up_alpha = alpha_up;
-      if (args.x_global) {
-        const float global = args.x_global[task.first_row + min(row, task.rows - 1)];
-        gate_alpha = alpha_gate * global, up_alpha = alpha_up * global;
-      }
-      const uint32_t rounded = pack_bf16(sum[tile * 4 + i] * gate_alpha, sum[tile * 4 + 2 + i] * up_alpha);
-      h[i] = swiglu_device_unlimited(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u), rho[row],
-                                     args.swiglu_limit);
-      if (args.h_wide && row < task.rows)
-        args.h_wide[static_cast<int64_t>(task.first_row + row) * args.shape.inter + moe_fc1_row(strip, warp, g)] = h[i];
+      const uint32_t rounded = pack_bf16(sum[tile * 4 + i] * alpha_gate, sum[tile * 4 + 2 + i] * alpha_up);
+      h[i] = swiglu_device_unlimited(__uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u),
+                                     i ? weight.y : weight.x, limit);
     }
-    if (!args.h_wide) *reinterpret_cast<uint32_t*>(target + tile * 1024) = transpose_8x8(pack_bf16(h[0], h[1]));
+    *reinterpret_cast<uint32_t*>(target + tile * 1024) = transpose_8x8(pack_bf16(h[0], h[1]));
   }
 }
 
+// fc1, a4: the same in binary32, of rows with a global scale each.
 template <int kN>
+__device__ __forceinline__ void tiled_finish_fc1_wide(const MoeTiledArgs& args, const TiledTask& task, const float* rho,
+                                                      const float* alpha, int strip, const float (&sum)[kN / 2],
+                                                      int warp, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  float* target = args.h_wide + static_cast<int64_t>(task.first_row) * args.shape.inter + moe_fc1_row(strip, warp, g);
+#pragma unroll
+  for (int i = 0; i < kN / 4; ++i) {
+    asm volatile("" ::: "memory");
+    const int row = i / 2 * 8 + 2 * t + i % 2;
+    if (row >= task.rows) continue;
+    const float global = args.x_global[task.first_row + row], gate_alpha = alpha[0] * global,
+                up_alpha = alpha[1] * global;
+    const uint32_t rounded = pack_bf16(sum[i / 2 * 4 + i % 2] * gate_alpha, sum[i / 2 * 4 + 2 + i % 2] * up_alpha);
+    target[static_cast<int64_t>(row) * args.shape.inter] = swiglu_device_unlimited(
+        __uint_as_float(rounded << 16), __uint_as_float(rounded & 0xffff0000u), rho[row], args.swiglu_limit);
+  }
+}
+
+// fc2: sums of a warp's 16 rows -> four consecutive columns of a token's slot a thread. kScaled (a4): rows of h have a global scale each.
+template <int kN, bool kScaled>
 __device__ __forceinline__ void tiled_finish_fc2(const MoeTiledArgs& args, const TiledTask& task, const int32_t* slots,
                                                  float alpha, int strip, const float (&sum)[kN / 2], int warp,
                                                  int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  bf16* target = args.slot_y + strip * 64 + warp * 16 + 4 * t;
-#pragma unroll
-  for (int tile = 0; tile < kN / 8; ++tile) {
-    asm volatile("" ::: "memory");
+  const int g = lane >> 2, t = lane & 3, rows = task.rows - g, pitch = args.shape.hidden * 2;
+  const uint32_t slot_at = opaque(ptx::smem_address(slots + g));
+  uint8_t* target = opaque(reinterpret_cast<uint8_t*>(args.slot_y + strip * 64 + warp * 16 + 4 * t));
+  static_for<kN / 8>([&](auto index) {
+    constexpr int kTile = decltype(index)::value;
+    asm volatile("" ::: "memory");  // one tile at a time: the sums fill the registers
     float scale[2] = {alpha, alpha};
-    if (args.h_global) {
+    if constexpr (kScaled) {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        scale[i] = alpha * args.h_global[task.first_row + min(tile * 8 + 2 * t + i, task.rows - 1)];
+        scale[i] = alpha * args.h_global[task.first_row + min(kTile * 8 + 2 * t + i, task.rows - 1)];
     }
-    const uint32_t low = transpose_8x8(pack_bf16(sum[tile * 4] * scale[0], sum[tile * 4 + 1] * scale[1]));
-    const uint32_t high = transpose_8x8(pack_bf16(sum[tile * 4 + 2] * scale[0], sum[tile * 4 + 3] * scale[1]));
-    const int row = tile * 8 + g;
-    if (row < task.rows)
-      *reinterpret_cast<uint2*>(target + static_cast<int64_t>(slots[row]) * args.shape.hidden) = make_uint2(low, high);
-  }
+    const float* v = sum + kTile * 4;
+    const uint32_t low = transpose_8x8(pack_bf16(v[0] * scale[0], v[1] * scale[1]));
+    const uint32_t high = transpose_8x8(pack_bf16(v[2] * scale[0], v[3] * scale[1]));
+    if (kTile * 8 < rows)
+      ptx::store_global_8(target + static_cast<int64_t>(load_shared_s32<kTile * 32>(slot_at)) * pitch, low, high);
+  });
 }
 
 struct TiledCodes {  // a thread's share of a 64x64 block
@@ -104,6 +123,7 @@ __device__ __forceinline__ uint32_t first_scales(int group, int thread) {
   return T::kCodeBytes + strip / kMoeGroupStrips * (T::kStageBlocks / 2 * kMoeHalfSlabScaleBytes) +
          strip % kMoeGroupStrips * kMoePairScaleBytes + thread * 4;
 }
+
 // Sums of 64 weight rows a strip times kN token rows over all of K, by a warpgroup.
 template <class T, int kN>
 __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
@@ -112,15 +132,17 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
   constexpr int kBlocks =
       T::kStageBlocks * T::kGroupStrips;  // of this warpgroup in a stage: strips of one column after another
   constexpr bool kEarly =
-      kN <=
-      kSmallTileRows;  // the next stage's first codes are fetched while products run: wider instances lack registers
+      kN <= 104;  // the next stage's first codes are fetched while products run; to 120 is no faster
+  // Blocks that drain together, where there are registers for the fragments of two (to 48 rows: C7512).
+  constexpr int kTogether = T::kGroupStrips == 2 && kN <= 32 ? 2 : 1;
   const int lane = thread % 32;
   const uint32_t base = ptx::smem_address(&shared), weights = base + T::kWeightsAt;
   const uint32_t codes_at = opaque(weights + group * T::kGroupStrips * T::kStripCodeBytes + thread * 16),
                  scales_at = opaque(weights + first_scales<T>(group, thread));
   const uint32_t rows = opaque(wgmma_descriptor_low(base + kHeaderBytes));
-  const uint32_t control = opaque(ptx::smem_address(&tiled_control<T>(shared)));
+  const uint32_t control = ptx::smem_address(&tiled_control<T>(shared));
   using Control = std::remove_reference_t<decltype(tiled_control<T>(shared))>;
+  const bool tells_peer = T::kPaired && lane == 0 && tiled_pair<T>().ctas > 1;
   uint32_t a[2][2][4];
   TiledCodes codes[2];  // in turn
   int stage = at.stage;
@@ -167,11 +189,14 @@ __device__ __forceinline__ void tiled_sums_wgmma(const MoeTiledArgs& args, Tiled
       } else if constexpr (!kEarly) {
         fetch_next();
       }
-      wgmma_wait<
-          0>();  // the other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512)
+      // The other warpgroups decode and multiply meanwhile; a pipeline here makes ptxas serialise (C7512).
+      if constexpr ((i + 1) % kTogether == 0) wgmma_wait<0>();
     });
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive_at(empty);
+    mbarrier_arrive_at(empty);
+    if constexpr (T::kPaired) {
+      constexpr uint32_t kPeerEmpty = offsetof(Control, peer_empty) - offsetof(Control, empty);
+      if (tells_peer) ptx::mbarrier_arrive_cluster(ptx::map_to_cta(empty + kPeerEmpty, tiled_pair<T>().peer()));
+    }
   }
   at.stage = stage, at.phase = phase;
 }
@@ -182,6 +207,7 @@ template <class T, int kN>
 __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledShared& shared, const TiledTask& task,
                                                RingPosition<T::kStages>& at, float (&sum)[1][kN / 2], int group,
                                                int thread) {
+  static_assert(!T::kPaired);
   const int lane = thread % 32;
   const uint32_t weights = ptx::smem_address(tiled_weights<T>(shared, 0));
   const uint32_t codes_at = weights + group * T::kStripCodeBytes + thread * 16,
@@ -226,8 +252,7 @@ __device__ __forceinline__ void tiled_sums_mma(const MoeTiledArgs& args, TiledSh
                                    b[k % 2][tile][half * 4 + step * 2 + 1]);
       }
     });
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&control.empty[at.stage]);
+    ptx::mbarrier_arrive(&control.empty[at.stage]);
     at.advance();
   }
 }

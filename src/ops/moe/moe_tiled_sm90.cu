@@ -8,7 +8,8 @@ namespace dsv4::sm90 {
 
 void launch_moe_tiled(const MoeTiledArgs& args, TiledPhase phase, int ctas, cudaStream_t stream) {
   gpu::LaunchConfig config;
-  config.grid = ctas;
+  config.cluster = ctas > 1 ? 2 : 1;
+  config.grid = ctas / config.cluster * config.cluster;
   config.block = kTiledThreads;
   config.smem_bytes = std::max({TiledTraits<TileList::kLarge>::kSmemBytes, TiledTraits<TileList::kSmall>::kSmemBytes,
                                 TiledTraits<TileList::kTiny>::kSmemBytes});

@@ -46,7 +46,7 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
     w.expert_rows = take(in.num_experts * int64_t{8});
     w.row_slot = take(rows * 4);
     w.slot_row = take(slots * 4);
-    w.ticket = take(8 * sm90::kTileLists);
+    w.ticket = take(16 * sm90::kTileLists);
     w.tile_done = take(sm90::kTileLists * tiles * 4);
     w.x_rows = take(rows * in.hidden * 2);
     if (in.act == ActFormat::kNvfp4) {
