@@ -20,8 +20,8 @@ MoePlanInput flash(int64_t tokens, ActFormat act = ActFormat::kBf16) {
 
 TEST(MoePlan, FlashChoicesByTokens) {
   for (const int64_t tokens : {1, 3}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kRing) << tokens;
-  for (const int64_t tokens : {4, 8, 64, 256}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kStream) << tokens;
-  EXPECT_EQ(plan_moe(flash(1024)).tier, MoeTier::kTiled);
+  for (const int64_t tokens : {4, 8, 64, 170}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kStream) << tokens;
+  for (const int64_t tokens : {171, 1024}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kTiled) << tokens;
   EXPECT_EQ(plan_moe(flash(8, ActFormat::kNvfp4)).tier, MoeTier::kTiled);
   EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
 }

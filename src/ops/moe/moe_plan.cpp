@@ -11,8 +11,9 @@ namespace {
 
 // Crossovers, measured in docs/kernels/moe_sm90.md.
 constexpr double kStreamMinTasksPerCta = 2.5;  // fewer fc1 tasks: the streaming tier leaves CTAs without work
-constexpr int64_t kStreamMaxRowsPerExpert =
-    7;  // more on average: its decoding and LDS per token row cost more than tiles do
+// More rows an expert on average: decoding and LDS per token row cost the streaming tier more than tiles do. With a shared expert, which the
+// streaming tier has in its launch and the tiled one before it, later.
+constexpr int64_t stream_max_rows_per_expert(bool shared) { return shared ? 7 : 4; }
 
 }  // namespace
 
@@ -30,8 +31,8 @@ MoePlan plan_moe(const MoePlanInput& in) {
   plan.ctas = in.num_sms - in.reserved_sms;
   const int64_t slots = in.num_tokens * in.num_topk;
   const int64_t fc1_tasks = slots * ((moe_fc1_strips(in.inter) + 3) / 4);  // if no two tokens share an expert
-  if (in.act != ActFormat::kBf16 || slots > in.num_experts * kStreamMaxRowsPerExpert || slots > sm90::kStreamMaxSlots ||
-      std::max(in.hidden, in.inter) > sm90::kStreamMaxColumns) {
+  if (in.act != ActFormat::kBf16 || slots > in.num_experts * stream_max_rows_per_expert(in.shared_inter > 0) ||
+      slots > sm90::kStreamMaxSlots || std::max(in.hidden, in.inter) > sm90::kStreamMaxColumns) {
     plan.tier = MoeTier::kTiled;
     plan.workload = in.act != ActFormat::kBf16 ? "a4, any number of tokens"
                                                : "prefill and large decode batches: decoding once per tile pays";
