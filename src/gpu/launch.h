@@ -9,6 +9,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "gpu/check.h"
 
 namespace dsv4::gpu {
@@ -31,6 +33,37 @@ template <class... P>
 void allow_large_cluster(void (*kernel)(P...)) {
   DSV4_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
+
+// How many clusters of one kernel and shape a device holds at once. Asked, and the kernel's opt-ins made, once per device.
+class ClusterCapacity {
+ public:
+  template <class... P>
+  int of(void (*kernel)(P...), const LaunchConfig& config) {
+    int device = 0;
+    DSV4_CUDA(cudaGetDevice(&device));
+    int clusters = device < kDevices ? known_[device].load() - 1 : -1;
+    if (clusters >= 0) return clusters;
+    allow_smem(kernel, config.smem_bytes);
+    if (config.cluster > 8) allow_large_cluster(kernel);
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(config.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t raw{};
+    raw.gridDim = dim3(static_cast<unsigned>(config.cluster));
+    raw.blockDim = config.block;
+    raw.dynamicSmemBytes = static_cast<size_t>(config.smem_bytes);
+    raw.attrs = &attribute;
+    raw.numAttrs = 1;
+    DSV4_CUDA(cudaOccupancyMaxActiveClusters(&clusters, kernel, &raw));
+    if (device < kDevices) known_[device] = clusters + 1;
+    return clusters;
+  }
+
+ private:
+  static constexpr int kDevices = 16;      // of a process
+  std::atomic<int> known_[kDevices] = {};  // clusters + 1
+};
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const LaunchConfig& config, A&&... arguments) {

@@ -112,8 +112,8 @@ TEST(EmulatedCompressQuantize, DecodeOfManySequencesTouchesOnlyTheirStatesAndRow
       for (const int num_sms : {132, 0}) {  // as above
         SCOPED_TRACE("kind " + std::to_string(static_cast<int>(kind)) + ", format " +
                      std::to_string(static_cast<int>(formats.kv)) + ", multiprocessors " + std::to_string(num_sms));
-        const Sequence s(kind, 6);
-        const int ratio = s.traits.ratio;
+        const int ratio = compressor_traits(kind).ratio;
+        const Sequence s(kind, std::max(6, ratio));  // angles for two windows
         const std::vector<int32_t> positions = {ratio - 1,     5 * ratio,     2 * ratio - 1,
                                                 3 * ratio - 1, 3 * ratio - 2, 4 * ratio - 1},
                                    states = {4, 0, 2, 5, 1, 3}, rope_rows = {0, 1, 1, 0, 1, 1},

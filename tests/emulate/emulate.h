@@ -241,6 +241,14 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
   return __shfl_sync(mask, value, static_cast<int>(emulate::thread() % emulate::kLanes) ^ bits);
 }
+inline uint32_t __ballot_sync(unsigned, bool value) {
+  const uint64_t word = value;
+  const emulate::LaneWords& words = emulate::exchange(&word, 1);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < emulate::kLanes; ++lane) bits |= static_cast<uint32_t>(words[lane][0]) << lane;
+  return bits;
+}
+inline int __ffs(int value) { return __builtin_ffs(value); }
 inline void __syncthreads() {
   emulate::sync(emulate::machine.current->cta->named[16], static_cast<int>(emulate::machine.block));
 }

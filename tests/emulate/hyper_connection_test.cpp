@@ -57,6 +57,13 @@ TEST(EmulatedHyperConnection, HeadCollapseEqualsReference) {
   }
 }
 
+// Out of place, two clusters may share a tile; in place, one has it.
+TEST(EmulatedHyperConnection, CallsInPlaceGiveTheBytesOfOthers) {
+  for (const auto& [tokens, hidden] : {std::pair<int64_t, int64_t>{3, 512}, {8, 1024}, {5, 7168}})
+    expect_same_bytes_in_place<Array>(HcInputs(tokens, hidden, 24),
+                                      [](const HcBoundaryArgs& args) { hyper_connection_boundary(args, {}); });
+}
+
 TEST(EmulatedHyperConnection, NormAndQuantiserInsideGiveTheBytesOfQuantizeRows) {
   ThreadPool pool;
   const CpuContext cpu{pool};
@@ -74,7 +81,9 @@ TEST(EmulatedHyperConnection, NormAndQuantiserInsideGiveTheBytesOfQuantizeRows) 
         const Array<bf16> collapsed(tokens * hidden);
         args = unfused.args(in, false);
         args.norm_weight = nullptr;
-        args.out = QuantizedRows{.format = RowFormat::kBf16, .y = collapsed.data()};
+        // Collapsed rows beside codes of no interest: the order of a sum may depend on the format.
+        args.out = unfused.quantized(format, layout);
+        args.out.y = collapsed.data();
         hyper_connection_boundary(args, {});
         quantize_rows(QuantizeArgs{collapsed.data(), false, unfused.weight.data(), kHcEps, tokens, hidden, hidden,
                                    unfused.quantized(format, layout)},

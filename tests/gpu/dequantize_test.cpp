@@ -62,7 +62,7 @@ TEST(GpuDequantize, GatheredRowsEqualReferenceAndBadIndicesAreCountedNotRead) {
   Machine machine;
   std::mt19937 random(3);
   std::vector<int32_t> rows;
-  for (int i = 0; i < 5000; ++i) rows.push_back(static_cast<int32_t>(random() % 700));
+  for (int i = 0; i < 7003; ++i) rows.push_back(static_cast<int32_t>(random() % 700));
   for (size_t i = 0; i < rows.size(); i += 9) rows[i] = -1;
   rows[4] = 700, rows[40] = -2, rows[400] = 0x7fffffff, rows[4000] = INT32_MIN;
   for (const GlobalMode global : {GlobalMode::kOne, GlobalMode::kPerRow}) {

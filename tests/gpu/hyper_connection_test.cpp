@@ -97,6 +97,18 @@ TEST(GpuHyperConnection, LongCallsGiveTheBytesOfShortOnes) {
   expect_bytes_of_short_calls(1000, 7168);
 }
 
+// Out of place, two clusters may share a tile; in place, one has it.
+TEST(GpuHyperConnection, CallsInPlaceGiveTheBytesOfOthers) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  for (const auto& [tokens, hidden] : kShapes) {
+    SCOPED_TRACE(std::to_string(tokens) + " tokens, hidden " + std::to_string(hidden));
+    expect_same_bytes_in_place<DeviceArray>(
+        HcInputs(tokens, hidden, 24), [&](const HcBoundaryArgs& args) { hyper_connection_boundary(args, machine.gpu); },
+        machine);
+  }
+}
+
 TEST(GpuHyperConnection, WidthsWithoutAClusterAreRefused) {
   DSV4_NEEDS_GPU();
   Machine machine;
@@ -138,7 +150,9 @@ TEST(GpuHyperConnection, NormAndQuantiserInsideGiveTheBytesOfQuantizeRows) {
         const DeviceArray<bf16> collapsed(machine, tokens * hidden);
         args = unfused.args(in, false);
         args.norm_weight = nullptr;
-        args.out = QuantizedRows{.format = RowFormat::kBf16, .y = collapsed.data()};
+        // Collapsed rows beside codes of no interest: the order of a sum may depend on the format.
+        args.out = unfused.quantized(format, layout);
+        args.out.y = collapsed.data();
         hyper_connection_boundary(args, machine.gpu);
         quantize_rows(QuantizeArgs{collapsed.data(), false, unfused.weight.data(), kHcEps, tokens, hidden, hidden,
                                    unfused.quantized(format, layout)},

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -154,6 +155,25 @@ void expect_head_collapse(const HcInputs& in, const HcSite<Array>& site, const C
   std::vector<float> y(static_cast<size_t>(in.tokens * in.hidden));
   hc_head(in.shape(), in.params(), widen(site.streams_out.host()).data(), y.data(), cpu);
   expect_close("rows", widen(site.y.host()), y, 2e-4, 0.01);
+}
+
+// A call that writes over its own input, against one that does not: every byte. run(args): the call.
+template <template <class> class Array, class Run, class... Where>
+void expect_same_bytes_in_place(const HcInputs& in, const Run& run, Where&... where) {
+  const HcSite<Array> apart(in, where...), in_place(in, where...);
+  run(apart.args(in, false));
+  HcBoundaryArgs args = in_place.args(in, false);
+  args.streams_out = in_place.streams.data(), args.post_out = in_place.post.data(),
+  args.comb_out = in_place.comb.data();
+  run(args);
+  const auto expect_equal = [](const char* what, const auto& got, const auto& want) {
+    const std::vector a = got.host(), b = want.host();
+    EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]), 0) << what;
+  };
+  expect_equal("streams", in_place.streams, apart.streams_out);
+  expect_equal("post", in_place.post, apart.post_out);
+  expect_equal("comb", in_place.comb, apart.comb_out);
+  expect_equal("rows", in_place.y, apart.y);
 }
 
 }  // namespace dsv4::test

@@ -47,9 +47,8 @@ struct CompressDecodeArgs {
   CompressCommon common;
   const int32_t* positions;  // [num_tokens]
   const int32_t* states;     // [num_tokens] which state; no two tokens share one
-  const int32_t*
-      rope_rows;         // [num_tokens] row of cos_sin for position window * ratio (used only if a window completes)
-  const int32_t* slots;  // [num_tokens] cache row, no two alike; outside [0, pages.num_rows): not stored
+  const int32_t* rope_rows;  // [num_tokens] row of cos_sin for position window * ratio; unused if no window completes
+  const int32_t* slots;      // [num_tokens] cache row, no two alike; outside [0, pages.num_rows): not stored
   int64_t num_tokens;
 };
 

@@ -336,14 +336,23 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
     __syncwarp();  // racecheck takes the barrier's instructions for those of different lanes
     if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, sizeof(shared.square_sums));
     __syncwarp();
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
   }
-  const Rotation rotation = fetch_rotation<T>(args, window, first_channel);
+  // Measured: prefill of overlapping windows is 8 % faster with the angles asked for last, everything else slower.
+  constexpr bool kRotationFirst = kDecode || !T::kOverlap;
+  Rotation rotation;
+  if constexpr (kRotationFirst) rotation = fetch_rotation<T>(args, window, first_channel);
   const RowAddress address = row_address(
       args.pages,
       T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format),
       window.slot);
-  Float4 x = pool<T, kDecode>(args, window, first_channel, shared, await_projections, loaded);
+  Float4 x = pool<T, kDecode>(
+      args, window, first_channel, shared,
+      [&] {
+        if constexpr (!kRotationFirst) rotation = fetch_rotation<T>(args, window, first_channel);
+        await_projections();
+      },
+      loaded);
   if constexpr (T::kClusterCtas > 1)
     ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
   if (threadIdx.x >= 32 * T::kActiveWarps) return;

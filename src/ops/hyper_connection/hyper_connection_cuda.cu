@@ -17,302 +17,23 @@
 // Waits on these mbarriers have CTA scope. The memory model asks for cluster scope, which on the hardware adds an invalidation of L1 (seen in
 // the machine code, and in time: spilled registers live there) and nothing for shared memory.
 //
-// Over 600 lines because the steps of a tile hand each other registers and exchange buffers, by the order above: apart, none can be read.
-#include <atomic>
+// Here: the exchanges, the order of a tile's steps, the launch. Layout of a cluster: boundary_traits.cuh; a CTA's own part: boundary_mix.cuh.
+#include <algorithm>
 #include <cmath>
 
 #include "gpu/launch.h"
-#include "gpu/ptx/copy.cuh"
-#include "gpu/ptx/mma.cuh"
-#include "gpu/ptx/sync.cuh"
-#include "ops/hyper_connection/hyper_connection_gpu.h"
+#include "ops/hyper_connection/boundary_mix.cuh"
 #include "ops/hyper_connection/sinkhorn_device.cuh"
 #include "ops/quantize/quantize_kernels.cuh"
 
 namespace dsv4 {
+
+using namespace hc;
+
 namespace {
-
-constexpr int kMaxCluster = 16;
-constexpr int kStreams = 4;
-constexpr int kTileTokens = 8;
-constexpr int kFewTokens =
-    56;  // one team of warps a CTA up to here: weights in registers; two above: they hide each other's waits
-constexpr int kPreSums = kStreams * kTileTokens;                           // of a tile, the squares behind them
-constexpr int kRestSums = (kStreams + kStreams * kStreams) * kTileTokens;  // post, then comb column by column
-constexpr uint32_t kTeamBarrier = 1, kAllBarrier = 2, kCtaBarrier = 5;     // the first two of each team: + 2 * team
-
-template <int kMix_, int kWarps_, int kTeams_>
-struct Traits {
-  static constexpr int kMix = kMix_, kWarps = kWarps_, kTeams = kTeams_;
-  static constexpr bool kHead = kMix == kStreams;
-  static constexpr int kTeamThreads = 32 * kWarps, kComputeThreads = kTeams * kTeamThreads,
-                       kThreads = kComputeThreads + 32 * kTeams;
-  static constexpr int kChannels = 32 * kWarps;            // of a CTA
-  static constexpr int kGroups = (kMix + 7) / 8;           // eight mix rows each
-  static constexpr int kMmaTiles = (2 * kGroups + 1) / 2;  // sixteen rows each: high parts, then low parts
-  static constexpr bool kHighInSmem = kTeams > 1;          // of the weights: where they do not fit the registers
-  static constexpr bool kLowInSmem = kHighInSmem || (!kHead && kWarps > 8);
-  static constexpr int kPartsInSmem = kHighInSmem ? 2 : kLowInSmem ? 1 : 0;
-  struct Coefficients {  // of a tile; pitches keep the eight tokens' pieces in different banks
-    alignas(16) float post[kTileTokens][4];
-    alignas(16) float comb[kTileTokens][20];
-  };
-  struct Team {
-    alignas(8) uint64_t mix_barrier[2], squares_barrier[2], amax_barrier,
-        rest_barrier;               // [2]: of even and of odd tiles
-    uint4 collapsed[kTeamThreads];  // each thread's own: registers are short
-    uint4 input
-        [kStreams + 1]
-        [kTeamThreads];  // of the next tile: each thread's own channels of the streams, and of the sub-layer output
-    Coefficients coefficients[2];
-    float warp_sums[kWarps][kMix + 1][kTileTokens];
-    // From every CTA; rows of absent CTAs are zero.
-    float cluster_sums[2][kMaxCluster][kPreSums + kTileTokens];
-    float cluster_rest[kHead ? 1 : kMaxCluster][kRestSums];
-    double cluster_squares[2][kMaxCluster][kTileTokens];
-    double warp_squares[kWarps][kTileTokens];
-    float warp_amax[kWarps][kTileTokens];
-    float cluster_amax[kMaxCluster][kTileTokens];
-    alignas(16) bf16 rows[kTileTokens][kChannels];
-  };
-  struct SharedStorage {
-    Team teams[kTeams];
-    uint4 norm_weight[kTeamThreads];
-    uint4 weights[kStreams * kGroups][kPartsInSmem ? kPartsInSmem : 1]
-                 [kPartsInSmem ? kTeamThreads : 1];  // as Weights, a lane's eight channels each
-  };
-};
-
-// This thread's part in a tile, fixed for the kernel.
-struct Place {
-  uint32_t rank, cluster;
-  uint32_t team, thread, warp, lane;  // thread and warp: in the team
-  int token, quarter;                 // of the tile; of the warp's 32 channels
-  int channel;                        // the first, in the CTA
-};
-
-template <class T>
-__device__ __forceinline__ void team_sync(const Place& place) {
-  ptx::named_barrier_sync(kTeamBarrier + 2 * place.team, T::kTeamThreads);
-}
-
-// The product's row order: post and pre as they come, comb column by column, so that lanes (row of comb, token) read it without bank conflicts.
-__device__ __forceinline__ int mix_row(int slot) { return slot < 8 ? slot : 8 + (slot - 8) % 4 * 4 + (slot - 8) / 4; }
 
 // Within 1e-6: the exact operations cost 200 clocks on the way from one exchange to the next.
 __device__ __forceinline__ float sigmoid(float x) { return ptx::rcp_approx(1.0f + ptx::exp2_approx(-1.44269504f * x)); }
-
-// fn as A fragments: [stream][half of the lane's channels][group of eight rows][pair].
-template <class T>
-struct Weights {
-  uint32_t high[T::kHighInSmem ? 1 : kStreams][2][T::kGroups][2];
-  uint32_t low[T::kLowInSmem ? 1 : kStreams][2][T::kGroups][2];
-};
-template <class T>
-using StreamWeights = uint32_t[2][T::kGroups][2];
-
-// Returns a value that depends on all of them.
-template <class T>
-__device__ __forceinline__ uint32_t load_stream_weights(const HcBoundaryArgs& args, const Place& place, int j,
-                                                        StreamWeights<T>& high, StreamWeights<T>& low) {
-  float4 raw[T::kGroups][2];  // the halves next to each other: they share their sectors
-#pragma unroll
-  for (int group = 0; group < T::kGroups; ++group) {
-    const int slot = 8 * group + place.token;
-    const float* from =
-        args.fn + (int64_t{mix_row(slot)} * kStreams + j) * args.hidden + place.rank * T::kChannels + place.channel;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      raw[group][half] = {};
-      if (slot < T::kMix) raw[group][half] = reinterpret_cast<const float4*>(from)[half];
-    }
-  }
-  uint32_t all = 0;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int group = 0; group < T::kGroups; ++group) {
-      const float4 w = raw[group][half];
-      const float w4[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        const uint32_t bits = ptx::cvt_bf16x2(w4[2 * pair], w4[2 * pair + 1]);
-        high[half][group][pair] = bits;
-        low[half][group][pair] =
-            ptx::cvt_bf16x2(w4[2 * pair] - ptx::low_bf16(bits), w4[2 * pair + 1] - ptx::high_bf16(bits));
-        all ^= bits ^ low[half][group][pair];
-      }
-    }
-  return all;
-}
-
-template <class T>
-__device__ __forceinline__ void load_weights(const HcBoundaryArgs& args, const Place& place, Weights<T>& weights,
-                                             typename T::SharedStorage& shared) {
-  const auto to_smem = [&](const StreamWeights<T>& part, int j, int where) {
-#pragma unroll
-    for (int group = 0; group < T::kGroups; ++group)
-      shared.weights[j * T::kGroups + group][where][place.thread] = {part[0][group][0], part[0][group][1],
-                                                                     part[1][group][0], part[1][group][1]};
-  };
-  if constexpr (T::kHighInSmem) {  // the teams share the work
-#pragma unroll
-    for (int i = 0; i < kStreams / T::kTeams; ++i) {
-      const int j = i * T::kTeams + static_cast<int>(place.team);
-      StreamWeights<T> high, low;
-      load_stream_weights<T>(args, place, j, high, low);
-      to_smem(high, j, 0);
-      to_smem(low, j, 1);
-    }
-  } else {
-    uint32_t all = 0;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) {
-      if constexpr (T::kLowInSmem) {
-        StreamWeights<T> low;
-        all ^= load_stream_weights<T>(args, place, j, weights.high[j], low);
-        to_smem(low, j, 0);
-      } else {
-        all ^= load_stream_weights<T>(args, place, j, weights.high[j], weights.low[j]);
-      }
-    }
-    ptx::need_here(all);  // before the dependency wait
-  }
-}
-
-// Copies of what the tile reads: every compute thread its own channels, the first forty the coefficients.
-template <class T>
-__device__ __forceinline__ void issue_loads(const HcBoundaryArgs& args, const Place& place, int first_token,
-                                            typename T::Coefficients& coefficients, typename T::Team& team) {
-  if (const int64_t token = first_token + place.token; token < args.num_tokens) {
-    const int64_t channel = place.rank * T::kChannels + place.channel;
-    const bf16* streams = args.streams + token * kStreams * args.hidden + channel;
-#pragma unroll
-    for (int j = 0; j < kStreams; ++j) ptx::async_copy_16(&team.input[j][place.thread], streams + j * args.hidden);
-    if (args.sublayer_out)
-      ptx::async_copy_16(&team.input[kStreams][place.thread], args.sublayer_out + token * args.hidden + channel);
-  }
-  if (args.sublayer_out && place.thread < 5 * kTileTokens) {
-    const int t = static_cast<int>(place.thread / 5), piece = static_cast<int>(place.thread % 5);
-    if (first_token + t < args.num_tokens) {
-      if (piece < kStreams)
-        ptx::async_copy_16(&coefficients.comb[t][4 * piece], args.comb + int64_t{first_token + t} * 16 + 4 * piece);
-      else
-        ptx::async_copy_16(coefficients.post[t], args.post + int64_t{first_token + t} * kStreams);
-    }
-  }
-  ptx::async_copy_commit();
-}
-
-__device__ __forceinline__ void load_pairs(const void* from, uint32_t (&pairs)[4]) {
-  const uint4 v = *static_cast<const uint4*>(from);
-  pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
-}
-__device__ __forceinline__ void store_pairs(bf16* to, const uint32_t (&pairs)[4]) {
-  *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-__device__ __forceinline__ void load_floats(const float* from, float (&v)[4]) {
-  const float4 f = *reinterpret_cast<const float4*>(from);
-  v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-}
-
-// x: the tile's new streams, bf16 pairs.
-template <class T>
-__device__ __forceinline__ void spread(const HcBoundaryArgs& args, const Place& place,
-                                       const typename T::Coefficients& coefficients, const typename T::Team& team,
-                                       uint32_t (&x)[kStreams][4]) {
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) load_pairs(&team.input[j][place.thread], x[j]);
-  if (!args.sublayer_out) return;
-  uint32_t f[4];
-  load_pairs(&team.input[kStreams][place.thread], f);
-  float post[kStreams], comb[kStreams][kStreams];
-  load_floats(coefficients.post[place.token], post);
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) load_floats(&coefficients.comb[place.token][4 * j], comb[j]);
-#pragma unroll
-  for (int pair = 0; pair < 4; ++pair) {
-    uint32_t fresh[kStreams];
-#pragma unroll
-    for (int k = 0; k < kStreams; ++k) {
-      float even = post[k] * ptx::low_bf16(f[pair]), odd = post[k] * ptx::high_bf16(f[pair]);
-#pragma unroll
-      for (int j = 0; j < kStreams; ++j) {
-        even = __fmaf_rn(comb[j][k], ptx::low_bf16(x[j][pair]), even);
-        odd = __fmaf_rn(comb[j][k], ptx::high_bf16(x[j][pair]), odd);
-      }
-      fresh[k] = ptx::cvt_bf16x2(even, odd);
-    }
-#pragma unroll
-    for (int k = 0; k < kStreams; ++k) x[k][pair] = fresh[k];
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_streams(const HcBoundaryArgs& args, const Place& place, int token,
-                                              const uint32_t (&x)[kStreams][4]) {
-  if (!args.sublayer_out || token >= args.num_tokens) return;
-  bf16* to = args.streams_out + int64_t{token} * kStreams * args.hidden + place.rank * T::kChannels + place.channel;
-#pragma unroll
-  for (int k = 0; k < kStreams; ++k) store_pairs(to + k * args.hidden, x[k]);
-}
-
-// The warp's share of the mix sums and squares, into warp_sums.
-template <class T>
-__device__ __forceinline__ void mix(const Place& place, const Weights<T>& weights, const uint32_t (&x)[kStreams][4],
-                                    const typename T::SharedStorage& shared, typename T::Team& team) {
-  constexpr int G = T::kGroups;
-  float sums[T::kMmaTiles][4] = {};
-  const auto from_smem = [&](int j, int where, StreamWeights<T>& part) {
-#pragma unroll
-    for (int group = 0; group < G; ++group) {
-      const uint4 v = shared.weights[j * G + group][where][place.thread];
-      part[0][group][0] = v.x, part[0][group][1] = v.y, part[1][group][0] = v.z, part[1][group][1] = v.w;
-    }
-  };
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j) {
-    StreamWeights<T> high_copy, low_copy;
-    if constexpr (T::kHighInSmem) from_smem(j, 0, high_copy);
-    if constexpr (T::kLowInSmem) from_smem(j, T::kPartsInSmem - 1, low_copy);
-    const auto& high = T::kHighInSmem ? high_copy : weights.high[T::kHighInSmem ? 0 : j];
-    const auto& low = T::kLowInSmem ? low_copy : weights.low[T::kLowInSmem ? 0 : j];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Rows of the product: the high parts of all groups, then the low parts.
-      const auto part = [&](int group, int pair) {
-        return group < G ? high[half][group][pair] : low[half][group - G][pair];
-      };
-#pragma unroll
-      for (int tile = 0; tile < T::kMmaTiles; ++tile)
-        ptx::mma_m16n8k16_bf16(sums[tile],
-                               {part(2 * tile, 0), part(2 * tile + 1, 0), part(2 * tile, 1), part(2 * tile + 1, 1)},
-                               x[j][2 * half], x[j][2 * half + 1]);
-    }
-  }
-  float squares[2] = {};
-#pragma unroll
-  for (int j = 0; j < kStreams; ++j)
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const float even = ptx::low_bf16(x[j][pair]), odd = ptx::high_bf16(x[j][pair]);
-      squares[0] = __fmaf_rn(even, even, squares[0]);
-      squares[1] = __fmaf_rn(odd, odd, squares[1]);
-    }
-  float square = squares[0] + squares[1];
-  square += __shfl_xor_sync(0xffffffffu, square, 1);
-  square += __shfl_xor_sync(0xffffffffu, square, 2);
-  if (place.quarter == 0) team.warp_sums[place.warp][T::kMix][place.token] = square;
-  // A lane's results: rows lane / 4 and lane / 4 + 8 of each tile, tokens 2 quarter and 2 quarter + 1.
-  const auto rows = [&](int group, int token) { return sums[group / 2][group % 2 * 2 + token]; };
-#pragma unroll
-  for (int group = 0; group < G; ++group) {
-    const int slot = 8 * group + place.token;
-    if (slot < T::kMix)
-      *reinterpret_cast<float2*>(&team.warp_sums[place.warp][slot][2 * place.quarter]) = {
-          rows(group, 0) + rows(G + group, 0), rows(group, 1) + rows(G + group, 1)};
-  }
-}
 
 // Sums over the CTA's warps go out: pre and squares to every CTA, the rest to the tile's owner.
 template <class T>
@@ -463,10 +184,11 @@ __device__ __forceinline__ void write_quantized(const HcBoundaryArgs& args, cons
     write_vector<RowFormat::kFp8>(args.out, shape, v, row, at, valid, vector, global, 1.0f, true);
 }
 
-// The tiles of this CTA's cluster: first, first + step, ...
+// The tiles of this team: first, first + step, ... below end.
 struct Tiles {
-  int first, step, count;
-  __device__ int token(int i) const { return (first + i * step) * kTileTokens; }
+  int first, step, end;
+  __device__ __forceinline__ bool has(int i) const { return first + i * step < end; }
+  __device__ __forceinline__ int token(int i) const { return (first + i * step) * kTileTokens; }
 };
 
 // Norm and output of a tile whose squares are on their way.
@@ -505,6 +227,15 @@ __device__ __forceinline__ void finish_rows(const HcBoundaryArgs& args, const Qu
   }
 }
 
+// What the predecessor of the kernel wrote may be read from here on.
+template <class T>
+__device__ __forceinline__ void issue_first_tile(const HcBoundaryArgs& args, const Place& place, const Tiles& tiles,
+                                                 typename T::Team& team) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  issue_loads<T>(args, place, tiles.token(0), team.coefficients[0], team);
+}
+
 // Three steps a tile; the last one of a tile comes after the first of the next, so that neither exchange is waited for idly:
 // spread and mix (i); finish (i - 1); collapse (i).
 template <class T>
@@ -513,32 +244,29 @@ __device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, co
                                                   const Tiles& tiles, bool dependent,
                                                   typename T::SharedStorage& shared) {
   auto& team = shared.teams[place.team];
-  // With a kernel before it still running, the weights come first; else the input does.
-  const auto load_first_tile = [&] {
-    ptx::griddepcontrol_wait();
-    ptx::griddepcontrol_launch_dependents();
-    issue_loads<T>(args, place, tiles.token(0), team.coefficients[0], team);
-  };
-  if (!dependent) load_first_tile();
+  const float scale = args.scale[0], base = args.base[place.quarter];
   Weights<T> weights;
-  load_weights<T>(args, place, weights, shared);
-  if (args.norm_weight)
+  // With a kernel before it still running, the weights come first; else the input does.
+  if (!dependent) issue_first_tile<T>(args, place, tiles, team);
+  if constexpr (T::kStaged) issue_weights<T>(args, place, shared);
+  take_weights<T>(args, place, weights, shared);
+  if (!T::kStaged && args.norm_weight)
     shared.norm_weight[place.thread] =
         *reinterpret_cast<const uint4*>(args.norm_weight + place.rank * T::kChannels + place.channel);
-  const float scale = args.scale[0], base = args.base[place.quarter];
-  if (dependent) load_first_tile();
+  if (dependent) issue_first_tile<T>(args, place, tiles, team);
   ptx::async_copy_wait<0>();
   if constexpr (T::kTeams > 1)
     ptx::named_barrier_sync(kCtaBarrier, T::kComputeThreads);  // the weights are from all teams
   else
     team_sync<T>(place);
   ptx::cluster_wait();  // every CTA runs and has its barriers
+  uint32_t owner = 0;   // of tile i: i modulo the cluster's size
 #pragma unroll 1
-  for (int i = 0; i <= tiles.count; ++i) {
+  for (int i = 0; i == 0 || tiles.has(i - 1); ++i, owner = owner + 1 == place.cluster ? 0 : owner + 1) {
     const auto parity = static_cast<uint32_t>(i & 1), phase = static_cast<uint32_t>(i >> 1 & 1);
-    const uint32_t owner = static_cast<uint32_t>(i) % place.cluster;
+    const bool has_tile = tiles.has(i);
     uint32_t x[kStreams][4];
-    if (i < tiles.count) {
+    if (has_tile) {
       if (place.thread == 0) {
         ptx::mbarrier_arrive_expect_tx(&team.mix_barrier[parity], place.cluster * sizeof(team.cluster_sums[0][0]));
         ptx::mbarrier_arrive_expect_tx(&team.squares_barrier[parity],
@@ -552,12 +280,12 @@ __device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, co
       send_mix<T>(place, owner, parity, team);
       // While the sums travel.
       store_streams<T>(args, place, tiles.token(i) + place.token, x);
-      if (i + 1 < tiles.count) issue_loads<T>(args, place, tiles.token(i + 1), team.coefficients[parity ^ 1], team);
+      if (tiles.has(i + 1)) issue_loads<T>(args, place, tiles.token(i + 1), team.coefficients[parity ^ 1], team);
     }
     if (i > 0)
       finish_rows<T>(args, shape, division, place, tiles.token(i - 1), static_cast<uint32_t>((i - 1) >> 1 & 1),
                      parity ^ 1, shared, team);
-    if (i < tiles.count) {
+    if (has_tile) {
       ptx::mbarrier_wait(&team.mix_barrier[parity], phase);
       const auto& sums = team.cluster_sums[parity];
       const float rms = rms_factor<1>(sums, static_cast<uint32_t>(place.quarter), place.token, division, args.rms_eps);
@@ -598,7 +326,7 @@ __device__ __forceinline__ void run_last_warp(const HcBoundaryArgs& args, const 
   if constexpr (!T::kHead) {
     uint32_t parity = 0;
 #pragma unroll 1
-    for (int i = static_cast<int>(place.rank); i < tiles.count; i += static_cast<int>(place.cluster), parity ^= 1) {
+    for (int i = static_cast<int>(place.rank); tiles.has(i); i += static_cast<int>(place.cluster), parity ^= 1) {
       ptx::mbarrier_wait(&team.rest_barrier, parity);
       // Its earlier phases are over, because this CTA has sent this tile's sums.
       ptx::mbarrier_wait(&team.mix_barrier[i & 1], static_cast<uint32_t>(i >> 1 & 1));
@@ -637,16 +365,19 @@ __device__ __forceinline__ void zero_absent_ranks(uint32_t cluster, typename T::
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division,
-                    uint32_t cluster, bool dependent) {
+                    const int num_tiles, const bool dependent) {
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   Place place;
   const uint32_t warp = threadIdx.x / 32;
   const bool computes = warp < T::kTeams * T::kWarps;
-  place.rank = ptx::cluster_cta_rank(), place.cluster = cluster, place.lane = threadIdx.x % 32;
+  place.rank = ptx::cluster_cta_rank(), place.cluster = ptx::cluster_size(), place.lane = threadIdx.x % 32;
   place.team = T::kTeams == 1 ? 0 : computes ? warp / T::kWarps : warp - T::kTeams * T::kWarps;
   place.warp = warp % T::kWarps, place.thread = threadIdx.x % T::kTeamThreads;
   place.token = static_cast<int>(place.lane / 4), place.quarter = static_cast<int>(place.lane % 4);
   place.channel = static_cast<int>(32 * place.warp) + 8 * place.quarter;
+  const auto clusters = static_cast<int>(ptx::num_clusters());
+  const Tiles tiles{static_cast<int>(ptx::cluster_id()) + static_cast<int>(place.team) * clusters, clusters * T::kTeams,
+                    num_tiles};
   if (threadIdx.x < T::kTeams) {
     auto& team = shared.teams[threadIdx.x];
     for (uint64_t* barrier : {&team.mix_barrier[0], &team.mix_barrier[1], &team.squares_barrier[0],
@@ -654,61 +385,33 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
   }
-  for (auto& team : shared.teams) zero_absent_ranks<T>(cluster, team);
+  for (auto& team : shared.teams) zero_absent_ranks<T>(place.cluster, team);
   __syncthreads();
-  ptx::cluster_arrive();
-  const int num_tiles = static_cast<int>((args.num_tokens + kTileTokens - 1) / kTileTokens),
-            clusters = static_cast<int>(gridDim.x / cluster);
-  const int first = static_cast<int>(blockIdx.x / cluster) + static_cast<int>(place.team) * clusters,
-            step = clusters * T::kTeams;
-  const Tiles tiles{first, step, first < num_tiles ? (num_tiles - first + step - 1) / step : 0};
+  ptx::cluster_arrive_relaxed();
   if (computes)
     run_compute_warps<T>(args, shape, division, place, tiles, dependent, shared);
   else
     run_last_warp<T>(args, division, place, tiles, shared.teams[place.team]);
 }
 
-// Clusters of this size that the device can hold at once.
-template <class T>
-int max_active_clusters(uint32_t cluster) {
-  constexpr int kDevices = 16;                               // of a process; attributes and occupancy belong to one
-  static std::atomic<int> known[kDevices][kMaxCluster + 1];  // clusters + 1
-  int device = 0;
-  DSV4_CUDA(cudaGetDevice(&device));
-  int clusters = device < kDevices ? known[device][cluster].load() - 1 : -1;
-  if (clusters < 0) {
-    gpu::allow_smem(boundary_kernel<T>, sizeof(typename T::SharedStorage));
-    gpu::allow_large_cluster(boundary_kernel<T>);
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = cluster, config.blockDim = T::kThreads,
-    config.dynamicSmemBytes = sizeof(typename T::SharedStorage);
-    config.attrs = &attribute, config.numAttrs = 1;
-    DSV4_CUDA(cudaOccupancyMaxActiveClusters(&clusters, boundary_kernel<T>, &config));
-    if (device < kDevices) known[device][cluster] = clusters + 1;
-  }
-  return clusters;
-}
-
 template <class T>
 void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+  static gpu::ClusterCapacity capacity[kMaxCluster + 1];
   const auto cluster = static_cast<uint32_t>(args.hidden / T::kChannels);
-  const int64_t tiles = (args.num_tokens + kTileTokens - 1) / kTileTokens, most = max_active_clusters<T>(cluster);
+  gpu::LaunchConfig config{.block = T::kThreads,
+                           .smem_bytes = sizeof(typename T::SharedStorage),
+                           .stream = context.stream,
+                           .cluster = static_cast<int>(cluster),
+                           .dependent = context.dependent};
+  const int64_t tiles = (args.num_tokens + kTileTokens - 1) / kTileTokens;
+  const int most = capacity[cluster].of(boundary_kernel<T>, config);
   DSV4_GPU_REQUIRE("hyper_connection_boundary", most > 0,
                    "hidden = %lld: this GPU has no room for a cluster of %u CTAs", static_cast<long long>(args.hidden),
                    cluster);
-  const int64_t clusters = tiles < most ? tiles : most;
-  gpu::launch(boundary_kernel<T>,
-              {.grid = static_cast<uint32_t>(clusters * cluster),
-               .block = T::kThreads,
-               .smem_bytes = sizeof(typename T::SharedStorage),
-               .stream = context.stream,
-               .cluster = static_cast<int>(cluster),
-               .dependent = context.dependent},
-              args, shape, DivisionByHidden{static_cast<float>(args.hidden), 1.0f / static_cast<float>(args.hidden)},
-              cluster, context.dependent);
+  config.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, most)) * cluster;
+  gpu::launch(boundary_kernel<T>, config, args, shape,
+              DivisionByHidden{static_cast<float>(args.hidden), 1.0f / static_cast<float>(args.hidden)},
+              static_cast<int>(tiles), context.dependent);
 }
 
 }  // namespace
@@ -729,6 +432,8 @@ void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& con
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
   if (args.head)
     narrow ? run<Traits<4, 8, 1>>(args, shape, context) : run<Traits<4, 16, 1>>(args, shape, context);
+  else if (!narrow && args.hidden % 448 == 0 && args.out.format != RowFormat::kFp8)
+    run<Traits<24, 14, 1>>(args, shape, context);
   else if (!narrow)
     run<Traits<24, 16, 1>>(args, shape, context);
   else if (args.num_tokens > kFewTokens)

@@ -14,7 +14,7 @@ namespace dsv4 {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 2;  // groups in flight
+constexpr int kGatherVecs = 2;  // of a thread, in flight at once: an index, then the row it names
 
 struct Shape {
   uint32_t num_vecs, vecs_per_row;
@@ -28,35 +28,44 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   const uint32_t first = blockIdx.x * (kVecs * kThreads) + threadIdx.x;
-  Codes codes[kVecs];
-  uint32_t sfs[kVecs];
   const float global = args.global_mode == GlobalMode::kGiven ? args.global[0] : 1.0f;
-  float globals[kVecs];
+  const bool needs_row = args.rows || args.sf_layout != SfLayout::kLinear || args.global_mode == GlobalMode::kPerRow;
+  // One step for all groups before the next: a group's loads do not wait for another group's.
+  int32_t rows[kVecs];
+  uint32_t vecs[kVecs];
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
     const uint32_t v = first + i * kThreads;
+    rows[i] = 0, vecs[i] = v;
+    if (needs_row) {
+      rows[i] = static_cast<int32_t>(shape.by_vecs_per_row.quotient(v));
+      vecs[i] = v - static_cast<uint32_t>(rows[i]) * shape.vecs_per_row;
+    }
+  }
+  bool readable[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    readable[i] = first + i * kThreads < shape.num_vecs;
+    if (args.rows && readable[i]) rows[i] = args.rows[rows[i]];
+  }
+  Codes codes[kVecs];
+  uint32_t sfs[kVecs];
+  float globals[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
     codes[i] = {}, sfs[i] = 0, globals[i] = global;
-    if (v >= shape.num_vecs) continue;
-    int64_t row = 0, at = v;
-    uint32_t vec = 0;
-    if (args.rows || args.sf_layout != SfLayout::kLinear || args.global_mode == GlobalMode::kPerRow) {
-      row = shape.by_vecs_per_row.quotient(v);
-      vec = v - static_cast<uint32_t>(row) * shape.vecs_per_row;
+    if (args.rows && readable[i] && (rows[i] < 0 || rows[i] >= args.num_rows)) {
+      if (rows[i] != -1 && vecs[i] == 0 && args.bad_rows) atomicAdd(args.bad_rows, 1);
+      readable[i] = false;
     }
-    if (args.rows) {
-      row = args.rows[row];
-      if (row < 0 || row >= args.num_rows) {
-        if (row != -1 && vec == 0 && args.bad_rows) atomicAdd(args.bad_rows, 1);
-        continue;
-      }
-      at = row * shape.vecs_per_row + vec;
-    }
+    if (!readable[i]) continue;
+    const int64_t at = int64_t{rows[i]} * shape.vecs_per_row + vecs[i];
     codes[i] = __ldg(reinterpret_cast<const Codes*>(args.codes) + at);
     const int64_t sf_at = args.sf_layout == SfLayout::kLinear
                               ? at / kLanesPerGroup
-                              : sf_offset_128x4(row, vec / kLanesPerGroup, shape.vecs_per_row / kLanesPerGroup);
-    sfs[i] = __ldg(args.sf + sf_at) & 0x7fu;
-    if (args.global_mode == GlobalMode::kPerRow) globals[i] = args.global[row];
+                              : sf_offset_128x4(rows[i], vecs[i] / kLanesPerGroup, shape.vecs_per_row / kLanesPerGroup);
+    sfs[i] = __ldg(args.sf + sf_at);
+    if (args.global_mode == GlobalMode::kPerRow) globals[i] = args.global[rows[i]];
   }
 #pragma unroll
   for (int i = 0; i < kVecs; ++i) {
@@ -65,14 +74,14 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeAr
     uint32_t out[8];
     if constexpr (kF32) {
       uint32_t pairs[4];
-      decode_nvfp4x8(codes[i], decode_ue4m3_bf16x2(sfs[i]), pairs);
+      decode_nvfp4x8(codes[i], decode_ue4m3_bf16x2(sfs[i] & 0x7fu), pairs);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         out[2 * j] = __float_as_uint(ptx::low_bf16(pairs[j]) * globals[i]);
         out[2 * j + 1] = __float_as_uint(ptx::high_bf16(pairs[j]) * globals[i]);
       }
     } else {
-      decode_nvfp4x16(codes[i], sfs[i], out);
+      decode_nvfp4x16(codes[i], sfs[i] & 0x7fu, out);
       if (args.global_mode != GlobalMode::kOne)
 #pragma unroll
         for (int j = 0; j < 8; ++j)
@@ -122,13 +131,13 @@ Shape make_shape(const char* op, int64_t num_rows, int64_t cols, int vec_elems) 
 
 template <bool kF32>
 void launch_dequantize(const DequantizeArgs& args, const Shape& shape, const GpuContext& context) {
-  const bool small = shape.num_vecs < static_cast<uint32_t>(context.num_sms) * kThreads * kUnroll;
-  const uint32_t per_cta = kThreads * (small ? 1 : kUnroll);
+  const bool several = args.rows && shape.num_vecs > static_cast<uint32_t>(context.num_sms) * kThreads * kGatherVecs;
+  const uint32_t per_cta = kThreads * (several ? kGatherVecs : 1);
   const gpu::LaunchConfig config{.grid = (shape.num_vecs + per_cta - 1) / per_cta,
                                  .block = kThreads,
                                  .stream = context.stream,
                                  .dependent = context.dependent};
-  gpu::launch(small ? dequantize_kernel<kF32, 1> : dequantize_kernel<kF32, kUnroll>, config, args, shape);
+  gpu::launch(several ? dequantize_kernel<kF32, kGatherVecs> : dequantize_kernel<kF32, 1>, config, args, shape);
 }
 
 }  // namespace

@@ -23,19 +23,12 @@ void launch(void (*kernel)(P...), const LaunchConfig& config, const A&... argume
   emulate::run(config.grid, config.block, config.smem_bytes, config.cluster, [&] { kernel(P(arguments)...); });
 }
 
+// Two clusters at once: enough for work to be spread over clusters, and few enough for much of it in each.
+struct ClusterCapacity {
+  template <class... P>
+  int of(void (*)(P...), const LaunchConfig&) {
+    return 2;
+  }
+};
+
 }  // namespace dsv4::gpu
-
-namespace dsv4 {
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-// Two clusters at once: enough for tiles to be spread over clusters, and few enough for many tiles in each.
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
-  *count = 2;
-  return cudaSuccess;
-}
-
-}  // namespace dsv4

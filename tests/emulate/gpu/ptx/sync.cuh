@@ -42,10 +42,16 @@ inline void cluster_arrive() {
   emulate::machine.current->cluster_generation = cluster.barrier.generation;
   emulate::arrive(cluster.barrier, static_cast<int>(cluster.ctas.size() * emulate::machine.block));
 }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulate::wait_until([] { return cta().cluster->barrier.generation != emulate::machine.current->cluster_generation; });
 }
 inline uint32_t cluster_cta_rank() { return cta().rank; }
+inline uint32_t cluster_size() { return static_cast<uint32_t>(cta().cluster->ctas.size()); }
+inline uint32_t cluster_id() {
+  return emulate::machine.current->block / cluster_size();
+}
+inline uint32_t num_clusters() { return emulate::machine.grid / cluster_size(); }
 
 inline uint32_t map_to_cta(const void* pointer, uint32_t rank) { return rank << 20 | smem_offset(pointer); }
 template <class T>
