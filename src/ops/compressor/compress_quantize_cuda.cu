@@ -1,6 +1,8 @@
 // compress_quantize: a thread pools eight slots of four channels; slot groups are merged by shuffles, then in shared memory. The threads
 // that end up with the channels normalise, rotate and encode them where they are: the only exchange left is the norm's sum (HCA: one
 // round of asynchronous stores between the CTAs of a cluster).
+#include <algorithm>
+
 #include "gpu/launch.h"
 #include "gpu/ptx/sync.cuh"
 #include "ops/compressor/compressor_gpu.h"
@@ -26,12 +28,17 @@ struct Traits {
   static constexpr int kHalves = kOverlap ? 2 : 1;
   static constexpr int kTokenPieces =
       (kLanes * kHalves + kThreads - 1) / kThreads;  // of a token, four channels each, a thread stores
-  struct SharedStorage {
+  // Of one window; a CTA with several takes two in turn: a CTA writes into another's exchange of window n + 2 after it has
+  // everybody's sums of n + 1, sent after those of n were read.
+  struct Exchange {
     alignas(8) uint64_t squares_barrier;
     float square_sums[kClusterCtas];
     float warp_sums[kActiveWarps];
     static constexpr int kParts = kGroups > 1 ? kWarps : 1, kPartLanes = kGroups > 1 ? kLanes : 1;
     float4 max[kParts][kPartLanes], sum[kParts][kPartLanes], weighted[kParts][kPartLanes];
+  };
+  struct SharedStorage {
+    Exchange exchanges[kClusterCtas > 1 ? 2 : 1];
   };
 };
 
@@ -68,22 +75,23 @@ struct TokenPieces {
   Float4 value[T::kTokenPieces], gate[T::kTokenPieces];
 };
 template <class T>
-__device__ __forceinline__ int piece_channel(int piece, int first_channel) {
-  const int i = static_cast<int>(threadIdx.x) + piece * T::kThreads;
+__device__ __forceinline__ int piece_channel(int thread, int piece, int first_channel) {
+  const int i = thread + piece * T::kThreads;
   return first_channel + i / T::kLanes * T::kShape.dim + i % T::kLanes * 4;
 }
 template <class T>
-__device__ __forceinline__ bool has_piece(int piece) {
-  return static_cast<int>(threadIdx.x) + piece * T::kThreads < T::kLanes * T::kHalves;
+__device__ __forceinline__ bool has_piece(int thread, int piece) {
+  return thread + piece * T::kThreads < T::kLanes * T::kHalves;
 }
+// thread: among those that work on this token.
 template <class T>
 __device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args, const Window& window, int64_t position,
-                                                     int first_channel) {
+                                                     int first_channel, int thread) {
   TokenPieces<T> pieces{};
 #pragma unroll
   for (int i = 0; i < T::kTokenPieces; ++i) {
-    if (!has_piece<T>(i)) continue;
-    const int c = piece_channel<T>(i, first_channel);
+    if (!has_piece<T>(thread, i)) continue;
+    const int c = piece_channel<T>(thread, i, first_channel);
     const int64_t from = (position - window.first_fresh) * T::kShape.width + c;
     pieces.value[i] = load4(window.value + from);
     pieces.gate[i] = load4(window.gate + from);
@@ -94,13 +102,13 @@ __device__ __forceinline__ TokenPieces<T> load_token(const CompressCommon& args,
   return pieces;
 }
 template <class T>
-__device__ __forceinline__ void store_token(const Window& window, int64_t position, int first_channel,
+__device__ __forceinline__ void store_token(const Window& window, int64_t position, int first_channel, int thread,
                                             const TokenPieces<T>& pieces) {
 #pragma unroll
   for (int i = 0; i < T::kTokenPieces; ++i) {
-    if (!has_piece<T>(i)) continue;
+    if (!has_piece<T>(thread, i)) continue;
     const int64_t to = int64_t{static_cast<uint32_t>(position) % T::kShape.state_rows * T::kShape.width} +
-                       piece_channel<T>(i, first_channel);
+                       piece_channel<T>(thread, i, first_channel);
     store4(window.state_value + to, pieces.value[i]);
     store4(window.state_gate + to, pieces.gate[i]);
   }
@@ -132,14 +140,15 @@ __device__ __forceinline__ void load_fresh(const CompressCommon& args, const Win
 #pragma unroll
   for (int i = 0; i < 4; ++i) gate.v[i] += bias.v[i];
 }
-// From the state.
+// From the state: of the slot that many rows later, if it is wanted and not before the sequence; else what vanishes.
 template <class T>
-__device__ __forceinline__ void load_kept(const Window& window, const Slot& slot, Float4& value, Float4& gate) {
-  if (slot.position >= 0) {
-    const int64_t at = static_cast<uint32_t>(slot.position) % T::kShape.state_rows * T::kShape.width + slot.channel;
-    value = load4_l2(window.state_value + at);
-    gate = load4_l2(window.state_gate + at);
-  } else {  // before the sequence: vanishes
+__device__ __forceinline__ void load_kept(const Window& window, const Slot& slot, int rows_later, bool wanted,
+                                          Float4& value, Float4& gate) {
+  const int64_t at = static_cast<uint32_t>(slot.position) % T::kShape.state_rows * T::kShape.width + slot.channel;
+  if (slot.position >= 0 && wanted) {
+    value = load4_l2(window.state_value + at + rows_later * T::kShape.width);
+    gate = load4_l2(window.state_gate + at + rows_later * T::kShape.width);
+  } else {
     value = {};
     gate = {{-INFINITY, -INFINITY, -INFINITY, -INFINITY}};
   }
@@ -176,24 +185,35 @@ __device__ __forceinline__ Pooled from_lane_xor(const Pooled& a, int mask) {
 // on its way, loaded() when all has arrived.
 template <class T, bool kDecode, class Await, class Loaded>
 __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window& window, int first_channel,
-                                       typename T::SharedStorage& shared, const Await& await_projections,
+                                       typename T::Exchange& exchange, const Await& await_projections,
                                        const Loaded& loaded) {
   const int lane = threadIdx.x % T::kLanes, group = threadIdx.x / T::kLanes;
   const int channel = first_channel + lane * 4;
   Float4 gates[T::kSlotsPerThread], values[T::kSlotsPerThread];
-#pragma unroll
-  for (int j = 0; j < T::kSlotsPerThread; ++j) {
-    const Slot slot = slot_at<T>(window.position + 1, group * T::kSlotsPerThread + j, channel);
-    if (slot.position < window.first_fresh)
-      load_kept<T>(window, slot, values[j], gates[j]);
-    else if (!kDecode)
-      load_fresh<T>(args, window, slot, values[j], gates[j]);
-  }
-  await_projections();
   if constexpr (kDecode) {  // only the newest token is fresh
-    const Slot slot = slot_at<T>(window.position + 1, (group + 1) * T::kSlotsPerThread - 1, channel);
-    if (slot.position >= window.first_fresh)
-      load_fresh<T>(args, window, slot, values[T::kSlotsPerThread - 1], gates[T::kSlotsPerThread - 1]);
+    constexpr int kRun = 4, kLast = T::kSlotsPerThread - 1;
+    static_assert(T::kShape.ratio % kRun == 0 &&
+                  T::kShape.state_rows % kRun == 0);  // a run's ring rows follow each other
+#pragma unroll
+    for (int first = 0; first < T::kSlotsPerThread; first += kRun) {
+      const Slot slot = slot_at<T>(window.position + 1, group * T::kSlotsPerThread + first, channel);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j)
+        load_kept<T>(window, slot, j, slot.position + j < window.position, values[first + j], gates[first + j]);
+    }
+    await_projections();
+    if (group == T::kGroups - 1)
+      load_fresh<T>(args, window, slot_at<T>(window.position + 1, T::kSlots - 1, channel), values[kLast], gates[kLast]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < T::kSlotsPerThread; ++j) {
+      const Slot slot = slot_at<T>(window.position + 1, group * T::kSlotsPerThread + j, channel);
+      if (slot.position < window.first_fresh)
+        load_kept<T>(window, slot, 0, true, values[j], gates[j]);
+      else
+        load_fresh<T>(args, window, slot, values[j], gates[j]);
+    }
+    await_projections();
   }
   Pooled pooled;
 #pragma unroll
@@ -216,18 +236,18 @@ __device__ __forceinline__ Float4 pool(const CompressCommon& args, const Window&
     merge(pooled, from_lane_xor(pooled, 16));
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 < 16) {
-      store4(reinterpret_cast<float*>(&shared.max[warp][lane]), pooled.max);
-      store4(reinterpret_cast<float*>(&shared.sum[warp][lane]), pooled.sum);
-      store4(reinterpret_cast<float*>(&shared.weighted[warp][lane]), pooled.weighted);
+      store4(reinterpret_cast<float*>(&exchange.max[warp][lane]), pooled.max);
+      store4(reinterpret_cast<float*>(&exchange.sum[warp][lane]), pooled.sum);
+      store4(reinterpret_cast<float*>(&exchange.weighted[warp][lane]), pooled.weighted);
     }
     __syncthreads();
     if (warp == 0) {  // each half merges half of the warps' parts
       constexpr int kParts = T::kWarps / 2;
       const int first = group * kParts;
       const auto part = [&](int w) {
-        return Pooled{load4(reinterpret_cast<const float*>(&shared.max[w][lane])),
-                      load4(reinterpret_cast<const float*>(&shared.sum[w][lane])),
-                      load4(reinterpret_cast<const float*>(&shared.weighted[w][lane]))};
+        return Pooled{load4(reinterpret_cast<const float*>(&exchange.max[w][lane])),
+                      load4(reinterpret_cast<const float*>(&exchange.sum[w][lane])),
+                      load4(reinterpret_cast<const float*>(&exchange.weighted[w][lane]))};
       };
       pooled = part(first);
 #pragma unroll
@@ -260,7 +280,7 @@ __device__ __forceinline__ Rotation fetch_rotation(const CompressCommon& args, c
 
 // Sum of squares of the whole row; every finishing thread gets it.
 template <class T>
-__device__ __forceinline__ float row_squares(const Float4& x, typename T::SharedStorage& shared) {
+__device__ __forceinline__ float row_squares(const Float4& x, typename T::Exchange& exchange, uint32_t parity) {
   float square = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) square = __fmaf_rn(x.v[i], x.v[i], square);
@@ -271,18 +291,18 @@ __device__ __forceinline__ float row_squares(const Float4& x, typename T::Shared
     static_assert(T::kActiveWarps == 1);
     const uint32_t rank = ptx::cluster_cta_rank();
     if (threadIdx.x < T::kClusterCtas)
-      ptx::store_async_cluster_f32(ptx::map_to_cta(&shared.square_sums[rank], threadIdx.x), square,
-                                   ptx::map_to_cta(&shared.squares_barrier, threadIdx.x));
-    ptx::mbarrier_wait_cluster(&shared.squares_barrier, 0);
+      ptx::store_async_cluster_f32(ptx::map_to_cta(&exchange.square_sums[rank], threadIdx.x), square,
+                                   ptx::map_to_cta(&exchange.squares_barrier, threadIdx.x));
+    ptx::mbarrier_wait_cluster(&exchange.squares_barrier, parity);
     square = 0;
 #pragma unroll
-    for (int r = 0; r < T::kClusterCtas; ++r) square += shared.square_sums[r];
+    for (int r = 0; r < T::kClusterCtas; ++r) square += exchange.square_sums[r];
   } else if constexpr (T::kActiveWarps > 1) {
-    if (threadIdx.x % 32 == 0) shared.warp_sums[threadIdx.x / 32] = square;
+    if (threadIdx.x % 32 == 0) exchange.warp_sums[threadIdx.x / 32] = square;
     __syncthreads();
     square = 0;
 #pragma unroll
-    for (int w = 0; w < T::kActiveWarps; ++w) square += shared.warp_sums[w];
+    for (int w = 0; w < T::kActiveWarps; ++w) square += exchange.warp_sums[w];
   }
   return square;
 }
@@ -290,10 +310,11 @@ __device__ __forceinline__ float row_squares(const Float4& x, typename T::Shared
 // Norm, rotation and rounding of the pooled channels.
 template <class T>
 __device__ __forceinline__ void finish(const CompressCommon& args, uint2 weight, const Rotation& rotation,
-                                       int first_channel, Float4& x, typename T::SharedStorage& shared) {
+                                       int first_channel, Float4& x, typename T::Exchange& exchange, uint32_t parity) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) x.v[i] = round_bf16(x.v[i]);
-  const float factor = ptx::rsqrt_approx(__fmaf_rn(row_squares<T>(x, shared), 1.0f / T::kShape.dim, args.rms_eps));
+  const float factor =
+      ptx::rsqrt_approx(__fmaf_rn(row_squares<T>(x, exchange, parity), 1.0f / T::kShape.dim, args.rms_eps));
   const float w[4] = {ptx::low_bf16(weight.x), ptx::high_bf16(weight.x), ptx::low_bf16(weight.y),
                       ptx::high_bf16(weight.y)};
 #pragma unroll
@@ -324,19 +345,23 @@ __device__ __forceinline__ void hadamard128(float (&x)[4]) {
   for (int i = 0; i < 4; ++i) x[i] *= factor;
 }
 
+// A window's row. turn: how many this CTA has done before.
 template <class T, bool kDecode, class Await, class Loaded>
 __device__ __forceinline__ void emit(const CompressCommon& args, const Window& window, int first_channel,
-                                     uint2 norm_weight, typename T::SharedStorage& shared,
+                                     uint2 norm_weight, uint32_t turn, typename T::SharedStorage& shared,
                                      const Await& await_projections, const Loaded& loaded) {
+  auto& exchange = shared.exchanges[T::kClusterCtas > 1 ? turn % 2 : 0];
   if constexpr (T::kClusterCtas > 1) {
-    if (threadIdx.x == 0) {
-      ptx::mbarrier_init(&shared.squares_barrier, 1);
-      ptx::fence_mbarrier_init();
+    if (turn == 0) {
+      if (threadIdx.x == 0) {
+        for (auto& each : shared.exchanges) ptx::mbarrier_init(&each.squares_barrier, 1);
+        ptx::fence_mbarrier_init();
+      }
+      __syncwarp();  // racecheck takes the barrier's instructions for those of different lanes
+      ptx::cluster_arrive_relaxed();
     }
-    __syncwarp();  // racecheck takes the barrier's instructions for those of different lanes
-    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(&shared.squares_barrier, sizeof(shared.square_sums));
+    if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(&exchange.squares_barrier, sizeof(exchange.square_sums));
     __syncwarp();
-    ptx::cluster_arrive_relaxed();
   }
   // Measured: prefill of overlapping windows is 8 % faster with the angles asked for last, everything else slower.
   constexpr bool kRotationFirst = kDecode || !T::kOverlap;
@@ -347,16 +372,16 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
       T::kKind == CompressorKind::kIndexer ? index_page_layout(args.index_format) : kv_page_layout(args.kv_format),
       window.slot);
   Float4 x = pool<T, kDecode>(
-      args, window, first_channel, shared,
+      args, window, first_channel, exchange,
       [&] {
         if constexpr (!kRotationFirst) rotation = fetch_rotation<T>(args, window, first_channel);
         await_projections();
       },
       loaded);
   if constexpr (T::kClusterCtas > 1)
-    ptx::cluster_wait();  // every CTA has started: its barrier and memory may be written
+    if (turn == 0) ptx::cluster_wait();  // every CTA has started: its barriers and memory may be written
   if (threadIdx.x >= 32 * T::kActiveWarps) return;
-  finish<T>(args, norm_weight, rotation, first_channel, x, shared);
+  finish<T>(args, norm_weight, rotation, first_channel, x, exchange, turn / 2 % 2);
   if (window.slot < 0 || window.slot >= args.pages.num_rows) return;
   if constexpr (T::kKind == CompressorKind::kIndexer) {
     if (args.index_format != IndexFormat::kBf16) hadamard128(x.v);
@@ -367,12 +392,27 @@ __device__ __forceinline__ void emit(const CompressCommon& args, const Window& w
   }
 }
 
+template <class T>
+__device__ __forceinline__ Window decode_window(const CompressDecodeArgs& args, int64_t token, int32_t position,
+                                                int32_t state) {
+  Window window{};
+  window.position = position;
+  window.first_fresh = position;  // the token itself is read from the projections, not back from the state
+  window.value = args.common.value + token * T::kShape.width;
+  window.gate = args.common.gate + token * T::kShape.width;
+  const int64_t at = int64_t{state} * T::kShape.state_rows * T::kShape.width;
+  window.state_value = args.common.state_value + at;
+  window.state_gate = args.common.state_gate + at;
+  return window;
+}
+
 // early: only the projections are left for after the wait (compressor_gpu.h); for calls that start all at once, because it makes them a
 // load that depends on another.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecodeArgs args, const bool early) {
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
-  const int token = blockIdx.x / T::kClusterCtas, first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
+  const int token = static_cast<int>(blockIdx.x / T::kClusterCtas), thread = static_cast<int>(threadIdx.x),
+            first_channel = static_cast<int>(blockIdx.x % T::kClusterCtas) * T::kChannels;
   const CompressCommon& common = args.common;
   const auto await = [] {
     ptx::griddepcontrol_wait();
@@ -381,29 +421,76 @@ __global__ void __launch_bounds__(T::kThreads) decode_kernel(const CompressDecod
   const auto index = [&](const int32_t* indices) { return early ? __ldcg(indices + token) : indices[token]; };
   const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);
   if (!early) await();
-  const int64_t state = int64_t{index(args.states)} * T::kShape.state_rows * T::kShape.width;
-  Window window{};
-  window.position = index(args.positions);
+  const int32_t state = index(args.states);
+  Window window = decode_window<T>(args, token, index(args.positions), state);
   window.rope_row = index(args.rope_rows);
   window.slot = index(args.slots);
-  window.first_fresh = window.position;  // this token itself is read from the projections, not back from the state
-  window.value = common.value + int64_t{token} * T::kShape.width;
-  window.gate = common.gate + int64_t{token} * T::kShape.width;
-  window.state_value = common.state_value + state;
-  window.state_gate = common.state_gate + state;
   TokenPieces<T> pieces;
-  if (!early) pieces = load_token<T>(common, window, window.position, first_channel);
+  if (!early) pieces = load_token<T>(common, window, window.position, first_channel, thread);
   const auto await_projections = [&] {
     if (!early) return;
     await();
-    pieces = load_token<T>(common, window, window.position, first_channel);
+    pieces = load_token<T>(common, window, window.position, first_channel, thread);
   };
-  const auto store = [&] { store_token<T>(window, window.position, first_channel, pieces); };
+  const auto store = [&] { store_token<T>(window, window.position, first_channel, thread, pieces); };
   if ((window.position + 1) % T::kShape.ratio == 0) {
-    emit<T, true>(common, window, first_channel, norm_weight, shared, await_projections, store);  // the whole cluster
+    emit<T, true>(common, window, first_channel, norm_weight, 0, shared, await_projections, store);
   } else {
     await_projections();
     store();
+  }
+}
+
+// Of a kind whose windows are a cluster's work (HCA). One window in 128 tokens completes: no cluster for each token, but as many as run at
+// once; each takes a group of tokens at a time, whose projections are stored by a group of threads each, and then their windows in turn.
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 2) decode_cluster_kernel(const CompressDecodeArgs args) {
+  auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
+  static_assert(T::kGroups <= 32 && T::kTokenPieces == 1);
+  const int first_channel = static_cast<int>(blockIdx.x % T::kClusterCtas) * T::kChannels,
+            lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(threadIdx.x) / T::kLanes,
+            group_thread = static_cast<int>(threadIdx.x) % T::kLanes;
+  const int64_t clusters = gridDim.x / T::kClusterCtas;
+  const CompressCommon& common = args.common;
+  const uint2 norm_weight = fetch_norm_weight<T>(common, first_channel);
+  uint32_t turn = 0;
+  for (int64_t first = blockIdx.x / T::kClusterCtas; first < args.num_tokens; first += T::kGroups * clusters) {
+    // Lane i has the indices of the pass's token i.
+    int32_t position = -1, state = 0, rope_row = 0, slot = 0;
+    if (const int64_t token = first + lane * clusters; lane < T::kGroups && token < args.num_tokens)
+      position = __ldcg(args.positions + token), state = __ldcg(args.states + token),
+      rope_row = __ldcg(args.rope_rows + token), slot = __ldcg(args.slots + token);
+    uint32_t windows = __ballot_sync(0xffffffffu, position >= 0 && (position + 1) % T::kShape.ratio == 0);
+    const auto window_of = [&](int i) {
+      return decode_window<T>(args, first + i * clusters, __shfl_sync(0xffffffffu, position, i),
+                              __shfl_sync(0xffffffffu, state, i));
+    };
+    TokenPieces<T> pieces;
+    bool stored = false;
+    const auto await_projections = [&] {
+      if (stored) return;
+      ptx::griddepcontrol_wait();
+      ptx::griddepcontrol_launch_dependents();
+      if (const Window own = window_of(group); own.position >= 0)
+        pieces = load_token<T>(common, own, own.position, first_channel, group_thread);
+    };
+    const auto store = [&] {
+      if (stored) return;
+      stored = true;
+      if (const Window own = window_of(group); own.position >= 0)
+        store_token<T>(own, own.position, first_channel, group_thread, pieces);
+    };
+    if (windows == 0) {
+      await_projections();
+      store();
+    }
+    for (; windows != 0; windows &= windows - 1) {
+      const int i = __ffs(static_cast<int>(windows)) - 1;
+      Window window = window_of(i);
+      window.rope_row = __shfl_sync(0xffffffffu, rope_row, i);
+      window.slot = __shfl_sync(0xffffffffu, slot, i);
+      emit<T, true>(common, window, first_channel, norm_weight, turn++, shared, await_projections, store);
+    }
   }
 }
 
@@ -425,7 +512,7 @@ __global__ void __launch_bounds__(T::kThreads) prefill_kernel(const CompressPref
   window.rope_row = args.rope_rows[index];
   window.slot = args.slots[index];
   emit<T, false>(
-      common, window, first_channel, norm_weight, shared, [] {}, [] {});
+      common, window, first_channel, norm_weight, 0, shared, [] {}, [] {});
 }
 
 // After the windows: the last tokens of the chunk go into the ring. One CTA per token and part of the channels.
@@ -441,7 +528,9 @@ __global__ void __launch_bounds__(T::kThreads) state_kernel(const CompressPrefil
   window.state_gate = args.common.state_gate;
   const int64_t position = first + blockIdx.x / T::kClusterCtas;
   const int first_channel = blockIdx.x % T::kClusterCtas * T::kChannels;
-  store_token<T>(window, position, first_channel, load_token<T>(args.common, window, position, first_channel));
+  const int thread = static_cast<int>(threadIdx.x);
+  store_token<T>(window, position, first_channel, thread,
+                 load_token<T>(args.common, window, position, first_channel, thread));
 }
 
 __global__ void fill_kernel(float* values, float* gates, int64_t count) {
@@ -465,9 +554,15 @@ gpu::LaunchConfig config_for(int64_t jobs, size_t smem_bytes, const GpuContext& 
 
 template <class T>
 void run(const CompressDecodeArgs& args, const GpuContext& context) {
-  const bool early = args.num_tokens * T::kClusterCtas <= 2 * context.num_sms;
-  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, sizeof(typename T::SharedStorage), context), args,
-              early);
+  constexpr size_t kSmemBytes = sizeof(typename T::SharedStorage);
+  if constexpr (T::kClusterCtas > 1) {
+    const int64_t clusters =
+        std::max(context.num_sms / T::kClusterCtas, 1);  // twice as many would fit, but start later
+    if (args.num_tokens > clusters)
+      return gpu::launch(decode_cluster_kernel<T>, config_for<T>(clusters, kSmemBytes, context), args);
+  }
+  const bool early = T::kClusterCtas > 1 || args.num_tokens <= 2 * context.num_sms;
+  gpu::launch(decode_kernel<T>, config_for<T>(args.num_tokens, kSmemBytes, context), args, early);
 }
 
 template <class T>
