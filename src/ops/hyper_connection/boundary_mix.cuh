@@ -25,7 +25,7 @@ __device__ __forceinline__ void issue_weights(const HcBoundaryArgs& args, const 
   static_assert(T::kStaged);
   const int piece = static_cast<int>(place.lane % 8), first_channel = static_cast<int>(place.rank) * T::kChannels;
   const float* from = args.fn + first_channel + 32 * place.warp + 4 * piece;
-  if (args.norm_weight)
+  if (T::kCollapses && args.norm_weight)
     ptx::async_copy_16(&shared.norm_weight[place.thread], args.norm_weight + first_channel + place.channel);
 #pragma unroll
   for (int j = 0; j < kStreams; ++j) {
@@ -33,7 +33,7 @@ __device__ __forceinline__ void issue_weights(const HcBoundaryArgs& args, const 
     for (int i = 0; i < T::kMix / 4; ++i) {
       const int slot = 4 * i + static_cast<int>(place.lane / 8);
       ptx::async_copy_16(&shared.raw_weights[place.warp][j][slot][4 * (piece ^ (slot & 1))],
-                         from + (int64_t{mix_row(slot)} * kStreams + j) * args.hidden);
+                         from + (int64_t{mix_row(T::kFirstSlot + slot)} * kStreams + j) * args.hidden);
     }
     ptx::async_copy_commit();
   }
@@ -48,8 +48,8 @@ __device__ __forceinline__ uint32_t take_stream_weights(const HcBoundaryArgs& ar
 #pragma unroll
   for (int group = 0; group < T::kGroups; ++group) {
     const int slot = 8 * group + place.token;
-    const float* from =
-        args.fn + (int64_t{mix_row(slot)} * kStreams + j) * args.hidden + place.rank * T::kChannels + place.channel;
+    const float* from = args.fn + (int64_t{mix_row(T::kFirstSlot + slot)} * kStreams + j) * args.hidden +
+                        place.rank * T::kChannels + place.channel;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       raw[group][half] = {};
@@ -80,7 +80,8 @@ __device__ __forceinline__ uint32_t take_stream_weights(const HcBoundaryArgs& ar
   return all;
 }
 
-template <class T>
+// kHere: not later, although nothing needs them yet.
+template <class T, bool kHere>
 __device__ __forceinline__ void take_weights(const HcBoundaryArgs& args, const Place& place, Weights<T>& weights,
                                              typename T::SharedStorage& shared) {
   const auto to_smem = [&](const StreamWeights<T>& part, uint4* stream) {
@@ -107,7 +108,7 @@ __device__ __forceinline__ void take_weights(const HcBoundaryArgs& args, const P
     if (i < T::kHighInSmem) to_smem(high, shared.high_weights[j * T::kGroups]);
     if constexpr (T::kLowInSmem) to_smem(low, shared.low_weights[j * T::kGroups]);
   }
-  ptx::need_here(all);  // before the dependency wait
+  if constexpr (kHere) ptx::need_here(all);
 }
 
 // Copies of what the tile reads: every compute thread its own channels, the first forty the coefficients.

@@ -1,13 +1,14 @@
-// hyper_connection_boundary: a cluster holds the mix matrix, 256 (or 512) channels of all four streams a CTA, and takes one tile of eight
+// hyper_connection_boundary: a cluster holds the mix matrix, 256 (448, 512) channels of all four streams a CTA, and takes one tile of eight
 // tokens after the other. The mix is a matrix product on the tensor cores (rows: mix, columns: tokens); streams are bf16, so that only the
 // weights need splitting: each enters as the sum of two bf16, which keeps 2^-18 of it.
 //
 // Lane 4 n + q of a compute warp owns token n of the tile and eight channels, in every step: the bf16 pairs of the new streams are the
 // product's B fragments as they are, and stay in registers until the row is collapsed. Two all-to-all exchanges a tile (three with a computed
 // row global) go through distributed shared memory: asynchronous stores into the other CTAs that count on an mbarrier there (a cluster barrier
-// would also wait for the streams written to memory). A team is eight (or sixteen) compute warps and one more, which writes post and
+// would also wait for the streams written to memory). A team is eight (14, 16) compute warps and one more, which writes post and
 // comb of the tiles this CTA owns, beside the warps that finish the rows. Few tokens: one team with its weights in registers. Many: two teams
-// with tiles of their own and the weights in shared memory, because a team alone waits most of the time.
+// with tiles of their own and the weights in shared memory, because a team alone waits most of the time. Very few, and nothing written over
+// what is read: two clusters share a tile (and have no other), because a cluster sits in one GPC, whose way to L2 bounds the weights' load.
 //
 // Why the exchange buffers may be reused: a CTA's steps are spread and mix (i), finish (i - 1), collapse (i), and there are two of each buffer.
 // Another CTA sends mix sums (i + 2) after it has squares (i) of this one, sent after mix sums (i) were read; and squares (i + 2) after it has
@@ -35,7 +36,7 @@ namespace {
 // Within 1e-6: the exact operations cost 200 clocks on the way from one exchange to the next.
 __device__ __forceinline__ float sigmoid(float x) { return ptx::rcp_approx(1.0f + ptx::exp2_approx(-1.44269504f * x)); }
 
-// Sums over the CTA's warps go out: pre and squares to every CTA, the rest to the tile's owner.
+// Sums over the CTA's warps go out: pre and squares to every CTA (kComb: squares to the owner), the rest to the tile's owner.
 template <class T>
 __device__ __forceinline__ void send_mix(const Place& place, uint32_t owner, uint32_t parity, typename T::Team& team) {
   const auto total = [&](uint32_t i) {
@@ -46,7 +47,14 @@ __device__ __forceinline__ void send_mix(const Place& place, uint32_t owner, uin
   };
   const uint32_t lane = place.lane, warp = place.warp;
   constexpr uint32_t kHalf = T::kWarps / 2;
-  if (warp < kHalf) {
+  const auto send_square = [&](uint32_t to) {
+    ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_sums[parity][place.rank][kPreSums + lane % 8], to),
+                                 total(T::kMix * kTileTokens + lane % 8),
+                                 ptx::map_to_cta(&team.mix_barrier[parity], to));
+  };
+  if constexpr (!T::kCollapses) {
+    if (place.thread < kTileTokens) send_square(owner);
+  } else if (warp < kHalf) {
     const float pre = total(lane);
 #pragma unroll
     for (uint32_t r = warp; r < kMaxCluster; r += kHalf)
@@ -54,15 +62,12 @@ __device__ __forceinline__ void send_mix(const Place& place, uint32_t owner, uin
         ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_sums[parity][place.rank][lane], r), pre,
                                      ptx::map_to_cta(&team.mix_barrier[parity], r));
   } else if (warp < kHalf + 4) {
-    const uint32_t r = (warp - kHalf) * 4 + lane / 8;
-    const float square = total(T::kMix * kTileTokens + lane % 8);
-    if (r < place.cluster)
-      ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_sums[parity][place.rank][kPreSums + lane % 8], r),
-                                   square, ptx::map_to_cta(&team.mix_barrier[parity], r));
+    if (const uint32_t r = (warp - kHalf) * 4 + lane / 8; r < place.cluster) send_square(r);
   }
-  if (const uint32_t i = place.thread; !T::kHead && i < kRestSums)
-    ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_rest[place.rank][i], owner), total(kPreSums + i),
-                                 ptx::map_to_cta(&team.rest_barrier, owner));
+  if (const int i = static_cast<int>(place.thread); i < T::kOwnerSums)
+    ptx::store_async_cluster_f32(ptx::map_to_cta(&team.cluster_post_comb[place.rank][T::kFirstSum + i], owner),
+                                 total((T::kCollapses ? kPreSums : 0) + i),
+                                 ptx::map_to_cta(&team.owner_barrier, owner));
 }
 
 // x / hidden, correctly rounded: a quotient within one unit in the last place, corrected once (Markstein).
@@ -114,7 +119,7 @@ __device__ __forceinline__ void send_squares(const Place& place, const uint32_t 
   sum += __shfl_xor_sync(0xffffffffu, sum, 2);
   if (place.quarter == 0) team.warp_squares[place.warp][place.token] = sum;
   ptx::async_copy_wait<0>();  // the next tile's coefficients are for all threads
-  if (owner && !T::kHead)
+  if (owner && T::kOwnerSums > 0)
     ptx::named_barrier_sync(kAllBarrier + 2 * place.team, T::kTeamThreads + 32);  // the last warp has read the mix sums
   else
     team_sync<T>(place);
@@ -164,7 +169,8 @@ __device__ __forceinline__ void write_quantized(const HcBoundaryArgs& args, cons
   const bool valid = first_token + t < args.num_tokens;
   const auto row = static_cast<uint32_t>(valid ? first_token + t : 0);
   const auto* from = reinterpret_cast<const uint4*>(&team.rows[t][16 * vec]);
-  const Vector16 vector = vector_of_pairs(from[0], from[1]);
+  const auto read = [&] { return vector_of_pairs(from[0], from[1]); };
+  const Vector16 vector = read();
   float global = 1.0f;
   if (args.out.global_mode == GlobalMode::kGiven) global = args.out.global[0];
   if (args.out.global_mode == GlobalMode::kPerRow) global = args.out.global[row];
@@ -179,12 +185,12 @@ __device__ __forceinline__ void write_quantized(const HcBoundaryArgs& args, cons
   const int64_t v = int64_t{row} * shape.vecs_per_row + at;
   if (args.out.format == RowFormat::kNvfp4)
     write_vector<RowFormat::kNvfp4>(args.out, shape, v, row, at, valid, vector, global, nvfp4_rcp6({global}),
-                                    nvfp4_global_is_plain(global));
+                                    nvfp4_global_is_plain(global), read);
   else
-    write_vector<RowFormat::kFp8>(args.out, shape, v, row, at, valid, vector, global, 1.0f, true);
+    write_vector<RowFormat::kFp8>(args.out, shape, v, row, at, valid, vector, global, 1.0f, true, read);
 }
 
-// The tiles of this team: first, first + step, ... below end.
+// The tiles of this team: first, first + step, ... below end. first and step number the teams of the launch, too.
 struct Tiles {
   int first, step, end;
   __device__ __forceinline__ bool has(int i) const { return first + i * step < end; }
@@ -244,17 +250,17 @@ __device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, co
                                                   const Tiles& tiles, bool dependent,
                                                   typename T::SharedStorage& shared) {
   auto& team = shared.teams[place.team];
-  const float scale = args.scale[0], base = args.base[place.quarter];
+  const float scale = T::kCollapses ? args.scale[0] : 0, base = T::kCollapses ? args.base[place.quarter] : 0;
   Weights<T> weights;
-  // With a kernel before it still running, the weights come first; else the input does.
-  if (!dependent) issue_first_tile<T>(args, place, tiles, team);
-  if constexpr (T::kStaged) issue_weights<T>(args, place, shared);
-  take_weights<T>(args, place, weights, shared);
+  if (!T::kStaged || dependent) take_weights<T, true>(args, place, weights, shared);
   if (!T::kStaged && args.norm_weight)
     shared.norm_weight[place.thread] =
         *reinterpret_cast<const uint4*>(args.norm_weight + place.rank * T::kChannels + place.channel);
   if (dependent) issue_first_tile<T>(args, place, tiles, team);
-  ptx::async_copy_wait<0>();
+  if (T::kStaged && !dependent)
+    ptx::async_copy_wait<kStreams>();  // the weights are still on their way
+  else
+    ptx::async_copy_wait<0>();
   if constexpr (T::kTeams > 1)
     ptx::named_barrier_sync(kCtaBarrier, T::kComputeThreads);  // the weights are from all teams
   else
@@ -268,16 +274,23 @@ __device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, co
     uint32_t x[kStreams][4];
     if (has_tile) {
       if (place.thread == 0) {
-        ptx::mbarrier_arrive_expect_tx(&team.mix_barrier[parity], place.cluster * sizeof(team.cluster_sums[0][0]));
-        ptx::mbarrier_arrive_expect_tx(&team.squares_barrier[parity],
-                                       place.cluster * sizeof(team.cluster_squares[0][0]));
-        if (!T::kHead && owner == place.rank)
-          ptx::mbarrier_arrive_expect_tx(&team.rest_barrier, place.cluster * sizeof(team.cluster_rest[0]));
+        if (T::kCollapses) {
+          ptx::mbarrier_arrive_expect_tx(&team.mix_barrier[parity], place.cluster * sizeof(team.cluster_sums[0][0]));
+          ptx::mbarrier_arrive_expect_tx(&team.squares_barrier[parity],
+                                         place.cluster * sizeof(team.cluster_squares[0][0]));
+        }
+        if (T::kOwnerSums > 0 && owner == place.rank) {
+          ptx::mbarrier_arrive_expect_tx(&team.owner_barrier, place.cluster * T::kOwnerSums * sizeof(float));
+          if (!T::kCollapses)
+            ptx::mbarrier_arrive_expect_tx(&team.mix_barrier[parity], place.cluster * kTileTokens * sizeof(float));
+        }
       }
       spread<T>(args, place, team.coefficients[parity], team, x);
+      if (T::kStaged && i == 0 && !dependent) take_weights<T, false>(args, place, weights, shared);
       mix<T>(place, weights, x, shared, team);
       team_sync<T>(place);
       send_mix<T>(place, owner, parity, team);
+      if constexpr (!T::kCollapses) return;  // one tile a cluster
       // While the sums travel.
       store_streams<T>(args, place, tiles.token(i) + place.token, x);
       if (tiles.has(i + 1)) issue_loads<T>(args, place, tiles.token(i + 1), team.coefficients[parity ^ 1], team);
@@ -306,7 +319,9 @@ __device__ __forceinline__ void run_compute_warps(const HcBoundaryArgs& args, co
       send_squares<T>(place, y, owner == place.rank, parity, team);
     }
   }
-  zero_sf_padding(args.out, shape, blockIdx.x * T::kComputeThreads + threadIdx.x, gridDim.x * T::kComputeThreads);
+  const auto cta = static_cast<uint32_t>(tiles.first) * place.cluster + place.rank,
+             ctas = static_cast<uint32_t>(tiles.step) * place.cluster;
+  zero_sf_padding(args.out, shape, cta * T::kTeamThreads + place.thread, ctas * T::kTeamThreads);
 }
 
 // The last warp: lane 8 j + t has row j of comb, and post j, of token t.
@@ -316,18 +331,16 @@ __device__ __forceinline__ void run_last_warp(const HcBoundaryArgs& args, const 
   const int t = static_cast<int>(place.lane % 8), j = static_cast<int>(place.lane / 8);
   float4 base = {};
   float post_base = 0, post_scale = 0, comb_scale = 0;
-  if constexpr (!T::kHead) {
-    base = *reinterpret_cast<const float4*>(args.base + 8 + 4 * j);
-    post_base = args.base[4 + j], post_scale = args.scale[1], comb_scale = args.scale[2];
-  }
+  if constexpr (T::kHasComb) base = *reinterpret_cast<const float4*>(args.base + 8 + 4 * j), comb_scale = args.scale[2];
+  if constexpr (T::kHasPost) post_base = args.base[4 + j], post_scale = args.scale[1];
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   ptx::cluster_wait();
-  if constexpr (!T::kHead) {
+  if constexpr (T::kOwnerSums > 0) {
     uint32_t parity = 0;
 #pragma unroll 1
     for (int i = static_cast<int>(place.rank); tiles.has(i); i += static_cast<int>(place.cluster), parity ^= 1) {
-      ptx::mbarrier_wait(&team.rest_barrier, parity);
+      ptx::mbarrier_wait(&team.owner_barrier, parity);
       // Its earlier phases are over, because this CTA has sent this tile's sums.
       ptx::mbarrier_wait(&team.mix_barrier[i & 1], static_cast<uint32_t>(i >> 1 & 1));
       const float rms = rms_factor<8>(team.cluster_sums[i & 1], static_cast<uint32_t>(j), t, division, args.rms_eps);
@@ -335,16 +348,18 @@ __device__ __forceinline__ void run_last_warp(const HcBoundaryArgs& args, const 
 #pragma unroll
       for (int r = 0; r < kMaxCluster; ++r)
 #pragma unroll
-        for (int v = 0; v < 1 + kStreams; ++v) sums[v] += team.cluster_rest[r][32 * v + place.lane];
+        for (int v = T::kHasPost ? 0 : 1; v < (T::kHasComb ? 1 + kStreams : 1); ++v)
+          sums[v] += team.cluster_post_comb[r][32 * v + place.lane];
       const float post = 2.0f * sigmoid(sums[0] * rms * post_scale + post_base);
       const float logits[4] = {sums[1] * rms * comb_scale + base.x, sums[2] * rms * comb_scale + base.y,
                                sums[3] * rms * comb_scale + base.z, sums[4] * rms * comb_scale + base.w};
-      ptx::named_barrier_arrive(kAllBarrier + 2 * place.team, T::kTeamThreads + 32);  // mix sums have been read
-      const float4 comb = sinkhorn(logits, args.sinkhorn_iters, args.hc_eps);
-      const int64_t token = tiles.token(i) + t;
-      if (token < args.num_tokens) {
-        args.post_out[token * kStreams + j] = post;
-        *reinterpret_cast<float4*>(args.comb_out + token * 16 + 4 * j) = comb;
+      if constexpr (T::kCollapses)  // mix sums have been read
+        ptx::named_barrier_arrive(kAllBarrier + 2 * place.team, T::kTeamThreads + 32);
+      float4 comb;
+      if constexpr (T::kHasComb) comb = sinkhorn(logits, args.sinkhorn_iters, args.hc_eps);
+      if (const int64_t token = tiles.token(i) + t; token < args.num_tokens) {
+        if constexpr (T::kHasPost) args.post_out[token * kStreams + j] = post;
+        if constexpr (T::kHasComb) *reinterpret_cast<float4*>(args.comb_out + token * 16 + 4 * j) = comb;
       }
     }
   }
@@ -354,18 +369,20 @@ template <class T>
 __device__ __forceinline__ void zero_absent_ranks(uint32_t cluster, typename T::Team& team) {
 #pragma unroll 1
   for (uint32_t r = cluster; r < kMaxCluster; ++r)
-    if (const uint32_t i = threadIdx.x; i < kRestSums) {  // no more threads than that are needed
+    if (const uint32_t i = threadIdx.x; i < kPostCombSums) {  // no more threads than that are needed
       if (i < kPreSums + kTileTokens) team.cluster_sums[0][r][i] = team.cluster_sums[1][r][i] = 0;
-      if (!T::kHead) team.cluster_rest[r][i] = 0;
+      if (T::kOwnerSums > 0) team.cluster_post_comb[r][i] = 0;
       if (i < kTileTokens)
         team.cluster_squares[0][r][i] = team.cluster_squares[1][r][i] = 0, team.cluster_amax[r][i] = 0;
     }
 }
 
+// cluster, clusters: among those that compute the same.
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division,
-                    const int num_tiles, const bool dependent) {
+__device__ __forceinline__ void run_part(const HcBoundaryArgs& args, const QuantizeShape& shape,
+                                         const DivisionByHidden& division, int num_tiles, bool dependent,
+                                         uint32_t cluster, uint32_t clusters) {
+  static_assert(sizeof(typename T::SharedStorage) <= 227 * 1024);
   auto& shared = *reinterpret_cast<typename T::SharedStorage*>(ptx::dynamic_smem());
   Place place;
   const uint32_t warp = threadIdx.x / 32;
@@ -375,16 +392,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   place.warp = warp % T::kWarps, place.thread = threadIdx.x % T::kTeamThreads;
   place.token = static_cast<int>(place.lane / 4), place.quarter = static_cast<int>(place.lane % 4);
   place.channel = static_cast<int>(32 * place.warp) + 8 * place.quarter;
-  const auto clusters = static_cast<int>(ptx::num_clusters());
-  const Tiles tiles{static_cast<int>(ptx::cluster_id()) + static_cast<int>(place.team) * clusters, clusters * T::kTeams,
+  const Tiles tiles{static_cast<int>(cluster + place.team * clusters), static_cast<int>(clusters * T::kTeams),
                     num_tiles};
-  if (threadIdx.x < T::kTeams) {
+  if (threadIdx.x < T::kTeams) {  // before the copies: the fence would wait for them
     auto& team = shared.teams[threadIdx.x];
     for (uint64_t* barrier : {&team.mix_barrier[0], &team.mix_barrier[1], &team.squares_barrier[0],
-                              &team.squares_barrier[1], &team.amax_barrier, &team.rest_barrier})
+                              &team.squares_barrier[1], &team.amax_barrier, &team.owner_barrier})
       ptx::mbarrier_init(barrier, 1);
     ptx::fence_mbarrier_init();
   }
+  // With a kernel before it still running, the weights come first; else the input does.
+  if (computes && !dependent) issue_first_tile<T>(args, place, tiles, shared.teams[place.team]);
+  if constexpr (T::kStaged)
+    if (computes) issue_weights<T>(args, place, shared);
   for (auto& team : shared.teams) zero_absent_ranks<T>(place.cluster, team);
   __syncthreads();
   ptx::cluster_arrive_relaxed();
@@ -395,23 +415,75 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 }
 
 template <class T>
-void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division,
+                    const int num_tiles, const bool dependent) {
+  run_part<T>(args, shape, division, num_tiles, dependent, ptx::cluster_id(), ptx::num_clusters());
+}
+
+// Two clusters a tile, each with its rows of fn.
+template <class Comb, class Rest>
+__global__ void __launch_bounds__(Rest::kThreads, 1)
+    shared_boundary_kernel(const HcBoundaryArgs args, const QuantizeShape shape, const DivisionByHidden division,
+                           const int num_tiles, const bool dependent) {
+  const uint32_t id = ptx::cluster_id(), clusters = ptx::num_clusters() / 2;
+  if (id % 2 == 0)
+    run_part<Comb>(args, shape, division, num_tiles, dependent, id / 2, clusters);
+  else
+    run_part<Rest>(args, shape, division, num_tiles, dependent, id / 2, clusters);
+}
+
+// clusters(most): how many to launch, of most that the device holds at once. 0: none, and false is returned.
+template <auto kKernel, class Clusters>
+bool launch_clusters(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context, int channels,
+                     int threads, size_t smem_bytes, const Clusters& clusters) {
   static gpu::ClusterCapacity capacity[kMaxCluster + 1];
-  const auto cluster = static_cast<uint32_t>(args.hidden / T::kChannels);
-  gpu::LaunchConfig config{.block = T::kThreads,
-                           .smem_bytes = sizeof(typename T::SharedStorage),
+  const auto cluster = static_cast<int>(args.hidden / channels);
+  gpu::LaunchConfig config{.block = static_cast<uint32_t>(threads),
+                           .smem_bytes = static_cast<int>(smem_bytes),
                            .stream = context.stream,
-                           .cluster = static_cast<int>(cluster),
+                           .cluster = cluster,
                            .dependent = context.dependent};
-  const int64_t tiles = (args.num_tokens + kTileTokens - 1) / kTileTokens;
-  const int most = capacity[cluster].of(boundary_kernel<T>, config);
-  DSV4_GPU_REQUIRE("hyper_connection_boundary", most > 0,
-                   "hidden = %lld: this GPU has no room for a cluster of %u CTAs", static_cast<long long>(args.hidden),
-                   cluster);
-  config.grid = static_cast<uint32_t>(std::min<int64_t>(tiles, most)) * cluster;
-  gpu::launch(boundary_kernel<T>, config, args, shape,
+  const int64_t count = clusters(capacity[cluster].of(kKernel, config));
+  if (count == 0) return false;
+  config.grid = static_cast<uint32_t>(count * cluster);
+  gpu::launch(kKernel, config, args, shape,
               DivisionByHidden{static_cast<float>(args.hidden), 1.0f / static_cast<float>(args.hidden)},
-              static_cast<int>(tiles), context.dependent);
+              static_cast<int>((args.num_tokens + kTileTokens - 1) / kTileTokens), context.dependent);
+  return true;
+}
+
+template <class T>
+void run(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+  const bool launched = launch_clusters<boundary_kernel<T>>(
+      args, shape, context, T::kChannels, T::kThreads, sizeof(typename T::SharedStorage),
+      [&](int64_t most) { return std::min((args.num_tokens + kTileTokens - 1) / kTileTokens, most); });
+  DSV4_GPU_REQUIRE("hyper_connection_boundary", launched,
+                   "hidden = %lld: this GPU has no room for a cluster of %d CTAs", static_cast<long long>(args.hidden),
+                   static_cast<int>(args.hidden / T::kChannels));
+}
+
+// False: there is no room for all tiles at once.
+bool run_shared(const HcBoundaryArgs& args, const QuantizeShape& shape, const GpuContext& context) {
+  using Comb = Traits<Part::kComb, 8, 1>;
+  using Rest = Traits<Part::kRest, 8, 1>;
+  return launch_clusters<shared_boundary_kernel<Comb, Rest>>(
+      args, shape, context, Rest::kChannels, Rest::kThreads,
+      std::max(sizeof(typename Comb::SharedStorage), sizeof(typename Rest::SharedStorage)), [&](int64_t most) {
+        const int64_t needed = 2 * ((args.num_tokens + kTileTokens - 1) / kTileTokens);
+        return needed <= most ? needed : 0;
+      });
+}
+
+bool apart(const void* a, const void* b, int64_t bytes) {
+  return static_cast<const char*>(a) + bytes <= b || static_cast<const char*>(b) + bytes <= a;
+}
+// One cluster may not write what another one of the same call reads.
+bool may_share_tiles(const HcBoundaryArgs& args) {
+  const int64_t t = args.num_tokens;
+  return !args.sublayer_out || (apart(args.streams, args.streams_out, t * kStreams * args.hidden * 2) &&
+                                apart(args.post, args.post_out, t * kStreams * 4) &&
+                                apart(args.comb, args.comb_out, t * kStreams * kStreams * 4));
 }
 
 }  // namespace
@@ -430,16 +502,18 @@ void hyper_connection_boundary(const HcBoundaryArgs& args, const GpuContext& con
   DSV4_GPU_REQUIRE(kOp, args.sinkhorn_iters >= 1, "sinkhorn_iters = %d", args.sinkhorn_iters);
   if (args.num_tokens == 0) return;
   const QuantizeShape shape = make_quantize_shape(args.out, args.num_tokens, args.hidden);
-  if (args.head)
-    narrow ? run<Traits<4, 8, 1>>(args, shape, context) : run<Traits<4, 16, 1>>(args, shape, context);
-  else if (!narrow && args.hidden % 448 == 0 && args.out.format != RowFormat::kFp8)
-    run<Traits<24, 14, 1>>(args, shape, context);
-  else if (!narrow)
-    run<Traits<24, 16, 1>>(args, shape, context);
-  else if (args.num_tokens > kFewTokens)
-    run<Traits<24, 8, 2>>(args, shape, context);
-  else
-    run<Traits<24, 8, 1>>(args, shape, context);
+  if (args.head) {
+    narrow ? run<Traits<Part::kHead, 8, 1>>(args, shape, context)
+           : run<Traits<Part::kHead, 16, 1>>(args, shape, context);
+  } else if (!narrow) {
+    // A row's fp8 scales are of 128 channels, which must be of one CTA.
+    args.hidden % 448 == 0 && args.out.format != RowFormat::kFp8 ? run<Traits<Part::kAll, 14, 1>>(args, shape, context)
+                                                                 : run<Traits<Part::kAll, 16, 1>>(args, shape, context);
+  } else if (args.num_tokens > kFewTokens) {
+    run<Traits<Part::kAll, 8, 2>>(args, shape, context);
+  } else if (!may_share_tiles(args) || !run_shared(args, shape, context)) {
+    run<Traits<Part::kAll, 8, 1>>(args, shape, context);
+  }
 }
 
 }  // namespace dsv4

@@ -219,17 +219,17 @@ __device__ __forceinline__ int64_t sf_position_128x4(const QuantizeShape& shape,
 }
 
 // One vector of a row, scale byte and all. Every lane of the warp must come here, with consecutive vectors v = row * vecs_per_row + vec;
-// valid: this lane has one.
-template <RowFormat kFormat>
+// valid: this lane has one. again(): it once more, where the long way needs it (from shared memory it holds no registers until then).
+template <RowFormat kFormat, class Again>
 __device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, int64_t v,
                                              uint32_t row, uint32_t vec, bool valid, const Vector16& vector,
-                                             float global, float rcp6, bool plain) {
+                                             float global, float rcp6, bool plain, const Again& again) {
   if (kFormat == RowFormat::kBf16 || out.y) write_bf16(out, v, valid, vector);
   if constexpr (kFormat == RowFormat::kBf16) return;
   const Vector16 vectors[1] = {vector};
   uint4 codes[1];
   uint32_t sf[1];
-  encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf, [&](int) { return vector; });
+  encode_vectors<kFormat>(vectors, global, rcp6, plain, codes, sf, [&](int) { return again(); });
   if (!valid) return;
   write_codes<kFormat>(out, v, codes[0]);
   if constexpr (kFormat == RowFormat::kFp8) {
@@ -244,6 +244,13 @@ __device__ __forceinline__ void write_vector(const QuantizedRows& out, const Qua
         for (uint32_t pad = 1; (vec + pad) % 4 != 0; ++pad) out.sf[at + pad] = 0;
     }
   }
+}
+
+template <RowFormat kFormat>
+__device__ __forceinline__ void write_vector(const QuantizedRows& out, const QuantizeShape& shape, int64_t v,
+                                             uint32_t row, uint32_t vec, bool valid, const Vector16& vector,
+                                             float global, float rcp6, bool plain) {
+  write_vector<kFormat>(out, shape, v, row, vec, valid, vector, global, rcp6, plain, [&] { return vector; });
 }
 
 // Zeroes the scale rows that pad each 128x4 matrix.
