@@ -26,10 +26,10 @@ struct GemmArgs {
   int64_t x_stride;    // elements, >= w.cols
   int64_t y_stride;    // elements, >= w.rows
   bool round_output;   // to bf16
-  bool x_is_bf16 =
-      false;  // says that every x is a bf16 value, which allows bf16 products (kAmx; the others: binary32 only)
-  bool x_to_nvfp4 =
-      false;  // a4: each row of x is quantised by the run-time rule, then as moe.h says; needs an NVFP4 weight
+  // Says that every x is a bf16 value, which allows bf16 products (kAmx; the others: binary32 only).
+  bool x_is_bf16 = false;
+  // a4: each row of x is quantised by the run-time rule, then as moe.h says; needs an NVFP4 weight.
+  bool x_to_nvfp4 = false;
 };
 
 void gemm(const GemmArgs& args, const CpuContext& context);

@@ -20,8 +20,8 @@ namespace dsv4 {
 namespace swiglu_constants {
 constexpr float kMaxGate = 80.0f;
 constexpr float kLog2e = 1.44269504f;
-constexpr float kRoundMagic =
-    12583039.0f;  // 1.5 * 2^23 + 127: adding it rounds to an integer n, ties to even, and leaves n + 127 in the low bits
+// 1.5 * 2^23 + 127: adding it rounds to an integer n, ties to even, and leaves n + 127 in the low bits.
+constexpr float kRoundMagic = 12583039.0f;
 constexpr float kLn2 = 0.693147182f;
 // e^-r on |r| <= ln(2) / 2, relative error below 2^-28 (Remez, 1 and -1 fixed)
 constexpr float kC6 = 1.38145406e-3f, kC5 = -8.36874545e-3f, kC4 = 4.16683890e-2f, kC3 = -1.66665211e-1f,
