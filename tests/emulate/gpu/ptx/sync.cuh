@@ -48,9 +48,7 @@ inline void cluster_wait() {
 }
 inline uint32_t cluster_cta_rank() { return cta().rank; }
 inline uint32_t cluster_size() { return static_cast<uint32_t>(cta().cluster->ctas.size()); }
-inline uint32_t cluster_id() {
-  return emulate::machine.current->block / cluster_size();
-}
+inline uint32_t cluster_id() { return emulate::machine.current->block / cluster_size(); }
 inline uint32_t num_clusters() { return emulate::machine.grid / cluster_size(); }
 
 inline uint32_t map_to_cta(const void* pointer, uint32_t rank) { return rank << 20 | smem_offset(pointer); }
