@@ -74,11 +74,13 @@ summary=() steps=()
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 log_of() { echo "$logs/$(echo "$1" | tr ' ' '_').log"; }
-start() {  # start NAME COMMAND...: its log; status and seconds in $scratch
-  local name=$1 begin=$SECONDS
+start() {  # start NAME COMMAND...: its log; status and seconds in $scratch, and at once on the screen: a run may be cut short
+  local name=$1 begin=$SECONDS status
   shift
   "$@" >"$(log_of "$name")" 2>&1
-  echo "$? $((SECONDS - begin))" >"$scratch/$name"
+  status=$?
+  echo "$status $((SECONDS - begin))" >"$scratch/$name"
+  echo "$name: exit $status after $((SECONDS - begin)) s"
 }
 count() { grep -aoE "$1" "$2" | tail -1 | grep -oE '[0-9]+'; }  # count PATTERN LOG: the number in its last match
 finish() {  # finish NAME: one summary line; fails on the exit status and when nothing was tested
