@@ -57,19 +57,18 @@ using PinnedBuffer =
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
-  AlignedBuffer(int64_t bytes, int64_t alignment)
-      : memory_(bytes + alignment - 256),
-        begin_((alignment - reinterpret_cast<intptr_t>(memory_.data()) % alignment) % alignment),
-        bytes_(bytes) {}
-  int64_t bytes() const { return bytes_; }
+  AlignedBuffer(int64_t bytes, int64_t alignment) : memory_(bytes + alignment), alignment_(alignment) {}
+  int64_t bytes() const { return memory_.data() ? memory_.bytes() - alignment_ : 0; }
   template <class T>
   T* as() const {
-    return reinterpret_cast<T*>(memory_.as<char>() + begin_);
+    if (!memory_.data()) return nullptr;
+    const intptr_t address = reinterpret_cast<intptr_t>(memory_.data());
+    return reinterpret_cast<T*>((address + alignment_ - 1) / alignment_ * alignment_);
   }
 
  private:
   DeviceBuffer memory_;
-  int64_t begin_ = 0, bytes_ = 0;
+  int64_t alignment_ = 1;
 };
 
 inline void copy_to_device(void* device, const void* host, int64_t bytes, cudaStream_t stream) {

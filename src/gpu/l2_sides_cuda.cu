@@ -122,6 +122,8 @@ std::vector<uint8_t> find_chunk_sides(const SmSides& sms, void* data, int64_t ch
   std::vector<uint16_t> host(static_cast<size_t>(2 * chunks));
   copy_to_host(host.data(), latency.data(), latency.bytes(), stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));
+  // Other work held all SMs of a side: chunks that nobody measured from there.
+  if (std::find(host.begin(), host.end(), 0) != host.end()) return sides;
   for (size_t i = 0; i < sides.size(); ++i) sides[i] = host[i] > host[sides.size() + i];
   return sides;
 }

@@ -34,7 +34,7 @@ void allow_large_cluster(void (*kernel)(P...)) {
   DSV4_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 
-// How many clusters of one kernel and shape a device holds at once. Asked, and the kernel's opt-ins made, once per device.
+// How many clusters of one kernel and shape a device holds at once: an object for each. Asked, and the kernel's opt-ins made, once per device.
 class ClusterCapacity {
  public:
   template <class... P>

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <stdexcept>
+#include <vector>
 
 #include "codec/e4m3.h"
 #include "ops/moe/moe_layout.h"
@@ -24,6 +25,40 @@ TEST(MoePlan, FlashChoicesByTokens) {
   for (const int64_t tokens : {171, 1024}) EXPECT_EQ(plan_moe(flash(tokens)).tier, MoeTier::kTiled) << tokens;
   EXPECT_EQ(plan_moe(flash(8, ActFormat::kNvfp4)).tier, MoeTier::kTiled);
   EXPECT_TRUE(plan_moe(flash(8, ActFormat::kNvfp4)).split_launch);
+}
+
+TEST(MoePlan, MatricesTooWideForTheStreamingTierAreTiled) {
+  MoePlanInput in = flash(8);
+  in.hidden = sm90::kStreamMaxColumns;
+  EXPECT_EQ(plan_moe(in).tier, MoeTier::kStream);
+  in.hidden += 64;
+  EXPECT_EQ(plan_moe(in).tier, MoeTier::kTiled);
+}
+
+// Whatever the words say: blocks of the two groups that share pairs of chunks fill them, no byte twice.
+TEST(MoeLayout, TwoGroupsFillTheirPairsOfChunks) {
+  constexpr int kThreads = 128;
+  for (const uint32_t word : {0u, 0x1ffu, 0x0a5u, 0x15au, 0x100u}) {
+    std::vector<int> used(static_cast<size_t>(kMoeSlabPairBytes));
+    for (const int group : {1, 3})
+      for (int strip = group * kMoeGroupStrips; strip < (group + 1) * kMoeGroupStrips; ++strip)
+        for (int block = 0; block < kMoeSlabBlocks; ++block) {
+          const MoeBlockPlace place = moe_block_place(strip, block, moe_chunk_bits(word, group));
+          for (int i = 0; i < kMoeBlockCodeBytes; ++i) ++used.at(static_cast<size_t>(place.codes + i));
+          for (int i = 0; i < 2 * kThreads; ++i) ++used.at(static_cast<size_t>(place.scales + i / 2 * 4 + i % 2));
+        }
+    for (size_t i = 0; i < used.size(); ++i) ASSERT_EQ(used[i], 1) << "byte " << i << ", word " << word;
+  }
+  for (const int groups : {1, 2, 3, 5, 7, 16}) {
+    std::vector<int> seen(static_cast<size_t>(groups));
+    for (const int side : {0, 1})
+      for (int i = 0; i < moe_groups_of_side(groups, side); ++i) {
+        const int group = moe_group_of_side(side, i);
+        EXPECT_EQ(moe_group_side(group), side);
+        ++seen.at(static_cast<size_t>(group));
+      }
+    EXPECT_EQ(seen, std::vector<int>(static_cast<size_t>(groups), 1)) << groups << " groups";
+  }
 }
 
 TEST(MoePlan, PrintsWhatItChoseAndForWhatWorkload) {

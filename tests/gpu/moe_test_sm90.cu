@@ -12,7 +12,8 @@ namespace {
 TEST_F(MoeGpu, MatchesReferenceOnOddShapes) {
   for (const CaseShape& s :
        {CaseShape{"tiny", 64, 64, 3, 1}, *find_case_shape("odd"), *find_case_shape("demo"), *find_case_shape("wide"),
-        CaseShape{"192", 192, 448, 5, 5}, CaseShape{"tall", 64, 1984, 4, 2}, CaseShape{"flat", 2112, 64, 4, 2}}) {
+        CaseShape{"192", 192, 448, 5, 5}, CaseShape{"tall", 64, 1984, 4, 2}, CaseShape{"flat", 2112, 64, 4, 2},
+        CaseShape{"34 slabs", 8512, 64, 3, 2}}) {
     use(s);
     for (const int64_t tokens : {1, 2, 3, 5, 33, 150})
       expect_right_everywhere(layer(tokens, Routing::kUniform, tokens % 2 == 1));
@@ -52,6 +53,22 @@ TEST_F(MoeGpu, ZeroTokensTouchNothing) {
   args.shape = {64, 64, 3, 1};
   moe_gpu(args, MoePlan{}, stream().get());
   stream().synchronize();
+}
+
+TEST_F(MoeGpu, WeightsApartFromChunksAreRefused) {
+  use(*find_case_shape("small"));
+  const Layer l = layer(4, Routing::kUniform, false);
+  const MoePlan plan = make_plan(experts.shape, 4, {});
+  DeviceBuffer workspace(plan.workspace_bytes);
+  MoeGpuArgs args = layer_args(experts, l, {}, workspace);
+  args.experts.fc1 += kMoeChunkBytes;
+  EXPECT_THROW(moe_gpu(args, plan, stream().get()), std::runtime_error);
+  EXPECT_THROW(sm90::pack_moe_expert(experts.expert(0), experts.shape.hidden, experts.shape.inter, 0,
+                                     experts.fc1.as<uint8_t>() + kMoeChunkBytes, experts.fc2.as<uint8_t>(),
+                                     experts.alpha.as<float>(), {}, stream().get()),
+               std::runtime_error);
+  EXPECT_THROW(sm90::find_moe_sides({}, experts.fc1.as<uint8_t>(), kMoeSlabPairBytes - 1, nullptr, stream().get()),
+               std::runtime_error);
 }
 
 TEST_F(MoeGpu, SmallWorkspaceIsRefused) {

@@ -123,12 +123,6 @@ __device__ __forceinline__ uint32_t num_clusters() {
   return count;
 }
 
-__device__ __forceinline__ uint32_t cluster_num_ctas() {
-  uint32_t ctas;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(ctas));
-  return ctas;
-}
-
 // ---- distributed shared memory ----
 
 // Address, in the shared::cluster window, of the same variable in another CTA of the cluster.
@@ -141,7 +135,8 @@ __device__ __forceinline__ uint32_t map_to_cta(const void* pointer, uint32_t cta
   return map_to_cta(smem_address(pointer), cta_rank);
 }
 // On an mbarrier anywhere in the cluster (address from map_to_cta). Releases nothing beyond this CTA: with .release.cluster the arrival
-// waits for what the thread has written, more than a microsecond.
+// waits for what the thread has written, more than a microsecond. So it may say "I have read this", where the values read are used by then, but
+// not "I have written this".
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }

@@ -1,4 +1,5 @@
-// The GPU side of compress_quantize.h: same arguments, pointers to device memory, one kernel, queued on context.stream. In HCA eight CTAs
+// The GPU side of compress_quantize.h: same arguments, pointers to device memory, one kernel (prefill: two), queued on context.stream. Positions are
+// not negative. In HCA eight CTAs
 // of a cluster share a window.
 #pragma once
 

@@ -475,15 +475,32 @@ bool run_shared(const HcBoundaryArgs& args, const QuantizeShape& shape, const Gp
       });
 }
 
-bool apart(const void* a, const void* b, int64_t bytes) {
-  return static_cast<const char*>(a) + bytes <= b || static_cast<const char*>(b) + bytes <= a;
+struct Memory {
+  const void* begin;
+  int64_t bytes;
+};
+bool apart(const Memory& a, const Memory& b) {
+  return !a.begin || !b.begin || static_cast<const char*>(a.begin) + a.bytes <= b.begin ||
+         static_cast<const char*>(b.begin) + b.bytes <= a.begin;
 }
 // One cluster may not write what another one of the same call reads.
 bool may_share_tiles(const HcBoundaryArgs& args) {
-  const int64_t t = args.num_tokens;
-  return !args.sublayer_out || (apart(args.streams, args.streams_out, t * kStreams * args.hidden * 2) &&
-                                apart(args.post, args.post_out, t * kStreams * 4) &&
-                                apart(args.comb, args.comb_out, t * kStreams * kStreams * 4));
+  const int64_t t = args.num_tokens, row_bytes = t * args.hidden * 2;  // bf16; codes are fewer
+  const Memory inputs[] = {{args.streams, row_bytes * kStreams},
+                           {args.sublayer_out, row_bytes},
+                           {args.post, t * kStreams * 4},
+                           {args.comb, t * kStreams * kStreams * 4}};
+  const Memory outputs[] = {{args.sublayer_out ? args.streams_out : nullptr, row_bytes * kStreams},
+                            {args.post_out, t * kStreams * 4},
+                            {args.comb_out, t * kStreams * kStreams * 4},
+                            {args.out.y, row_bytes},
+                            {args.out.codes, row_bytes},
+                            {args.out.sf, quantized_sf_bytes(args.out, t, args.hidden)},
+                            {args.out.row_global, t * 4}};
+  for (const Memory& in : inputs)
+    for (const Memory& out : outputs)
+      if (!apart(in, out)) return false;
+  return true;
 }
 
 }  // namespace

@@ -80,11 +80,6 @@ __device__ __forceinline__ uint32_t load_shared_u8(uint32_t address) {
   asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(v) : "r"(address), "n"(kOffset));
   return v;
 }
-__device__ __forceinline__ uint32_t load_shared_u32(uint32_t address) {
-  uint32_t v;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
-  return v;
-}
 template <int kOffset = 0>
 __device__ __forceinline__ int32_t load_shared_s32(uint32_t address) {
   int32_t v;

@@ -137,12 +137,19 @@ PackArgs pack_args(const MoeLinearExpert& expert, int64_t hidden, int64_t inter,
 void find_moe_sides(const gpu::SmSides& sms, uint8_t* matrices, int64_t bytes, uint16_t* words, cudaStream_t stream) {
   constexpr int64_t kPairsOfChunks = kMoeSlabPairBytes / kMoeChunkPairBytes;
   static_assert(kMoeChunkBytes == gpu::kL2ChunkBytes);
+  DSV4_GPU_REQUIRE("find_moe_sides",
+                   bytes % kMoeSlabPairBytes == 0 && reinterpret_cast<uintptr_t>(matrices) % kMoeChunkPairBytes == 0,
+                   "%lld bytes at %p, expected a multiple of %lld at one of %lld", static_cast<long long>(bytes),
+                   static_cast<const void*>(matrices), static_cast<long long>(kMoeSlabPairBytes),
+                   static_cast<long long>(kMoeChunkPairBytes));
   const int64_t slab_pairs = bytes / kMoeSlabPairBytes;
   const std::vector<uint8_t> sides = gpu::find_chunk_sides(sms, matrices, slab_pairs * 2 * kPairsOfChunks, stream);
   std::vector<uint16_t> host(static_cast<size_t>(slab_pairs));
-  for (int64_t i = 0; i < slab_pairs * kPairsOfChunks; ++i)
-    host[static_cast<size_t>(i / kPairsOfChunks)] |=
-        static_cast<uint16_t>(sides[static_cast<size_t>(2 * i)] << (i % kPairsOfChunks));
+  for (int64_t i = 0; i < slab_pairs * kPairsOfChunks; ++i) {
+    const uint32_t first = sides[static_cast<size_t>(2 * i)], second = sides[static_cast<size_t>(2 * i + 1)];
+    if (first != second)  // else one was measured wrong: either place is right, maybe slower
+      host[static_cast<size_t>(i / kPairsOfChunks)] |= static_cast<uint16_t>(first << (i % kPairsOfChunks));
+  }
   gpu::copy_to_device(words, host.data(), slab_pairs * 2, stream);
   DSV4_CUDA(cudaStreamSynchronize(stream));  // host goes away
 }

@@ -1,7 +1,7 @@
 // Ring tier of the MoE layer on Hopper: one launch like the streaming tier (moe_stream_sm90.cuh), for one to three tokens, where
 // that one has too few tasks to fill the machine.
 //
-// Task = 64 weight rows x up to 8 token rows of one expert. Two producer threads copy packed strips in task order (all of fc1,
+// Task = 64 weight rows x up to 8 token rows of one expert. Two producer warps copy packed strips in task order (all of fc1,
 // then all of fc2) into a ring while two warps bring the token rows, which do wait (fc2's for the h of their chunk). Groups
 // of four math warps take ring stages in turn (split-K inside the CTA); four more warps add their sums in a fixed order and run the
 // epilogue. The last task of a strip combines.
@@ -64,7 +64,7 @@ struct RingTask {
   int strip, blocks;       // blocks: of the shared expert half blocks
   int rows, first;         // token rows; the first in shared.slots, or the first token
   const uint8_t* weights;  // of the shared expert: the strip; else the first slab pair of the strip's group
-  const uint16_t* words;   // of that pair and the next, or nullptr
+  const uint16_t* words;   // of that pair and those that follow, or nullptr
   const float* alpha;
 };
 struct RingTasks {
@@ -154,7 +154,7 @@ __device__ __forceinline__ void ring_prefetch_words(const MoeStreamArgs& args) {
   const int64_t pair =
       expert * moe_fc1_slab_pairs(args.shape.hidden, args.shape.inter) +
       moe_first_slab_pair(static_cast<int>(blockIdx.x) % strips / kMoeGroupStrips, moe_slab_cols(args.shape.hidden));
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(args.experts.sides.fc1 + pair));
+  ptx::prefetch_l2(args.experts.sides.fc1 + pair);
 }
 
 // Loader `self` of kLoaders takes every kLoaders-th stage.

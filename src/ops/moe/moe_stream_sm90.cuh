@@ -3,7 +3,7 @@
 // Routing, fc1, SwiGLU, fc2 and combine in one launch, for few rows per expert. A task is 256 weight rows (a group of strips) times up
 // to kMaxRows token rows of one expert. Each of 16 math warps owns 16 of the weight rows over the whole contraction: sums end
 // in its own lanes, nothing is added across warps, the epilogue is its own. Weights lie in fragment order, so a lane loads
-// its share of a block with one 16-byte and one 2-byte load; a warp keeps eight blocks (K512) in flight in registers and the
+// its share of a block with one 16-byte load and of two blocks' scales with one 4-byte load; a warp keeps eight blocks (K512) in flight in registers and the
 // sequence of loads runs across task borders, so it never stops for an epilogue or for h. Token rows go through a ring of
 // shared memory, one stage per K512, filled by a warp of its own, which also draws the tasks; another warp publishes
 // finished tasks. The combine is spread over all CTAs after the last fc2 task. No CTA waits for one that is not running yet:
@@ -102,6 +102,7 @@ struct StreamWeights {
   uint4 codes[Traits::kGroupBlocks];
   uint32_t scales[Traits::kGroupBlocks / 2];  // of two blocks
 };
+
 // Where a warp loads next: always one group of blocks ahead of what it multiplies. The pointers change between the two chunks of a pair in
 // place: addresses of their own for every chunk would need registers that are not there.
 template <class Traits>
@@ -372,7 +373,7 @@ __device__ __forceinline__ bool mbarrier_test_or_sleep(uint64_t* barrier, uint32
 // Tasks of one GEMM on one side: of every chunk of the shared expert, then of every other, a chunk's groups innermost.
 struct StreamQueue {
   int shared_groups, groups;  // of a chunk, on this side
-  int shared_tasks, tasks;    // all tasks, and the shared expert's among them
+  int shared_tasks, tasks;    // the shared expert's, and all
 };
 template <class Traits>
 __device__ __forceinline__ StreamQueue stream_queue(const MoeStreamArgs& args, const typename Traits::Shared& shared,

@@ -84,7 +84,7 @@ struct TiledPair {
 template <class T>
 __device__ __forceinline__ TiledPair tiled_pair() {
   if constexpr (!T::kPaired) return {0, 1};
-  return {static_cast<int>(ptx::cluster_cta_rank()), static_cast<int>(ptx::cluster_num_ctas())};
+  return {static_cast<int>(ptx::cluster_cta_rank()), static_cast<int>(ptx::cluster_size())};
 }
 
 template <class T>
