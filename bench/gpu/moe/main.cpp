@@ -10,6 +10,7 @@
 //   dsv4_bench_gpu_moe run SHAPE T TIER    three plain launches, for profilers
 //   dsv4_bench_gpu_moe copies              bulk copies alone, by chunk, depth and order
 //   dsv4_bench_gpu_moe ceilings
+#include <charconv>
 #include <cstdio>
 #include <fstream>
 
@@ -32,12 +33,32 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
+int64_t count_of(const std::string& what, const std::string& text) {
+  int64_t count = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+  if (error != std::errc() || end != text.data() + text.size() || count < 0)
+    throw_usage("{}: expected a number from 0 on, found '{}'", what, text);
+  return count;
+}
+bool switch_of(const std::string& key, const std::string& value) {
+  if (value != "0" && value != "1") throw_usage("{}: expected 0 or 1, found '{}'", key, value);
+  return value == "1";
+}
+void require_gpu() {
+  const gpu::DeviceList list = gpu::find_devices();
+  if (list.devices.empty()) throw_resource("no GPU: {}", list.absence);
+}
+
 // JSON: one line for the ceilings, one per row.
 int run_time(const MoeTimeOptions& options, bool with_ceilings, const std::string& json_path) {
+  require_gpu();
   MoeCeilings ceilings;
   ceilings.read_gb_s = 4600, ceilings.matmul_tflops = 790;  // nominal, where they are not measured
   std::ofstream json;
-  if (!json_path.empty()) json.open(json_path);
+  if (!json_path.empty()) {
+    json.open(json_path);
+    if (!json) throw_resource("{}: cannot be written", json_path);
+  }
   if (with_ceilings) {
     ceilings = measure_moe_ceilings();
     std::printf("%s\n", moe_ceilings_line(ceilings).c_str());
@@ -55,9 +76,11 @@ int run_time(const MoeTimeOptions& options, bool with_ceilings, const std::strin
 int run_mode(const std::vector<std::string>& args) {
   const auto at = [&](size_t i, const char* otherwise) { return i < args.size() ? args[i] : std::string(otherwise); };
   const std::string mode = at(0, "");
-  if (mode == "check") return run_moe_check(std::stoull(at(1, "1")));
-  if (mode == "fuzz") return run_moe_fuzz(std::stoi(at(1, "100")), at(2, "small"));
-  if (mode == "run") return run_moe_once(at(1, "flash"), std::stoll(at(2, "64")), at(3, "auto"));
+  const auto number = [&](size_t i, const char* otherwise) { return count_of(mode, at(i, otherwise)); };
+  if (mode == "check" || mode == "fuzz" || mode == "run" || mode == "copies" || mode == "ceilings") require_gpu();
+  if (mode == "check") return run_moe_check(static_cast<uint64_t>(number(1, "1")));
+  if (mode == "fuzz") return run_moe_fuzz(static_cast<int>(number(1, "100")), at(2, "small"));
+  if (mode == "run") return run_moe_once(at(1, "flash"), number(2, "64"), at(3, "auto"));
   if (mode == "copies") return run_moe_copies();
   if (mode == "ceilings") {
     std::printf("%s\n", moe_ceilings_line(measure_moe_ceilings()).c_str());
@@ -74,30 +97,32 @@ int run_mode(const std::vector<std::string>& args) {
       options.tokens = {1, 64};
       continue;
     }
-    const std::string value = at(++i, "");
+    if (i + 1 == args.size()) throw_usage("{}: expected a value, found none", key);
+    const std::string value = args[++i];
     if (key == "--only") {
       options.tokens.clear();
-      for (const std::string& t : split(value)) options.tokens.push_back(std::stoll(t));
+      for (const std::string& t : split(value)) options.tokens.push_back(count_of(key, t));
     } else if (key == "--routing") {
       options.routings = split(value);
     } else if (key == "--tier") {
       options.tiers = split(value);
     } else if (key == "--act") {
+      if (value != "a4" && value != "a16") throw_usage("{}: expected a16 or a4, found '{}'", key, value);
       options.a4 = value == "a4";
     } else if (key == "--samples") {
-      options.samples = std::stoi(value);
+      options.samples = static_cast<int>(count_of(key, value));
     } else if (key == "--read") {
-      options.read_only = value == "1";
+      options.read_only = switch_of(key, value);
     } else if (key == "--parts") {
-      options.parts = value == "1";
+      options.parts = switch_of(key, value);
     } else if (key == "--shared") {
-      options.shared = value == "1";
+      options.shared = switch_of(key, value);
     } else if (key == "--sides") {
-      options.sides = value == "1";
+      options.sides = switch_of(key, value);
     } else if (key == "--apart") {
-      options.apart = value == "1";
+      options.apart = switch_of(key, value);
     } else if (key == "--ceilings") {
-      ceilings = value == "1";
+      ceilings = switch_of(key, value);
     } else if (key == "--json") {
       json_path = value;
     } else {
@@ -111,8 +136,6 @@ int run_mode(const std::vector<std::string>& args) {
 
 int main(int argc, char** argv) {
   try {
-    const gpu::DeviceList list = gpu::find_devices();
-    if (list.devices.empty()) throw_resource("no GPU: {}", list.absence);
     return run_mode({argv + 1, argv + argc});
   } catch (const Error& error) {
     std::fprintf(stderr, "%s\n", error.what());
