@@ -165,6 +165,43 @@ std::vector<float> rows_with_nan(const Case& c, uint32_t seed) {
   return x;
 }
 
+// x: [c.rows, stride]
+void expect_dense_parity(Machine& machine, const Case& c, const std::vector<bf16>& x, int64_t stride,
+                         int64_t sf_matrix_rows = 0) {
+  DeviceArray<bf16> device_x(machine, x);
+  expect_parity(machine, c, false, sf_matrix_rows, [&](const QuantizedRows& out, const auto& context) {
+    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+    quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, stride, out},
+                  context);
+  });
+}
+void expect_normalised_parity(Machine& machine, const Case& c, const std::vector<bf16>& x, float eps, bool with_y) {
+  const std::vector<bf16> weight = to_bf16(random_rows(1, c.cols, 4));
+  DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
+  expect_parity(machine, c, with_y, 0, [&](const QuantizedRows& out, const auto& context) {
+    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+    quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false, kGpu ? device_weight.data() : weight.data(),
+                               eps, c.rows, c.cols, c.cols, out},
+                  context);
+  });
+}
+// gate, up: [c.rows, stride]
+void expect_swiglu_parity(Machine& machine, const Case& c, const std::vector<bf16>& gate, const std::vector<bf16>& up,
+                          int64_t stride, bool weighted) {
+  const std::vector<float> rho = random_rows(1, c.rows, 8);
+  DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
+  DeviceArray<float> device_rho(machine, rho);
+  expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
+    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
+    swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
+                                       !weighted ? nullptr
+                                       : kGpu    ? device_rho.data()
+                                                 : rho.data(),
+                                       10.0f, c.rows, c.cols, stride, out},
+                    context);
+  });
+}
+
 TEST(GpuQuantizeRing, DenseRowsEqualReference) {
   DSV4_NEEDS_GPU();
   Machine machine;
@@ -175,17 +212,9 @@ TEST(GpuQuantizeRing, DenseRowsEqualReference) {
                         Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kGiven},
                         Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow},
                         Case{2112, 4096, RowFormat::kNvfp4, GlobalMode::kOne, SfLayout::k128x4},
-                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow, SfLayout::k128x4}}) {
-    const std::vector<bf16> x = to_bf16(rows_with_nan(c, 1));
-    DeviceArray<bf16> device_x(machine, x);
-    expect_parity(machine, c, false, c.layout == SfLayout::k128x4 ? c.rows / 3 : 0,
-                  [&](const QuantizedRows& out, const auto& context) {
-                    constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-                    quantize_rows(
-                        QuantizeArgs{kGpu ? device_x.data() : x.data(), false, nullptr, 0, c.rows, c.cols, c.cols, out},
-                        context);
-                  });
-  }
+                        Case{1200, 7168, RowFormat::kNvfp4, GlobalMode::kPerRow, SfLayout::k128x4}})
+    expect_dense_parity(machine, c, to_bf16(rows_with_nan(c, 1)), c.cols,
+                        c.layout == SfLayout::k128x4 ? c.rows / 3 : 0);
 }
 
 TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
@@ -195,43 +224,32 @@ TEST(GpuQuantizeRing, NormalisedRowsEqualReference) {
   for (const bool with_y : {false, true})
     for (const Case& c :
          {Case{2200, 512}, Case{4300, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow},
-          Case{2200, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{2200, 512, RowFormat::kFp8}}) {
-      const std::vector<bf16> x = to_bf16(random_rows(c.rows, c.cols, 3)), weight = to_bf16(random_rows(1, c.cols, 4));
-      DeviceArray<bf16> device_x(machine, x), device_weight(machine, weight);
-      expect_parity(machine, c, with_y, 0, [&](const QuantizedRows& out, const auto& context) {
-        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : x.data(), false,
-                                   kGpu ? device_weight.data() : weight.data(), 1e-6f, c.rows, c.cols, c.cols, out},
-                      context);
-      });
-    }
+          Case{2200, 7168, RowFormat::kNvfp4, GlobalMode::kComputeRow}, Case{2200, 512, RowFormat::kFp8}})
+      expect_normalised_parity(machine, c, to_bf16(random_rows(c.rows, c.cols, 3)), 1e-6f, with_y);
 }
 
 // What the quick sum of squares (quantize_ring.cuh) must leave to the careful one: rows of zeros, subnormals, magnitudes from 2^-133 to
 // 2^127, infinities and NaN; and tiny elements beside ordinary ones, which it may lose.
+std::vector<bf16> extreme_rows(const Case& c) {
+  std::vector<float> x = random_rows(c.rows, c.cols, 9);
+  for (int64_t row = 0; row < c.rows; ++row)
+    for (int64_t col = 0; col < c.cols; ++col) {
+      float& value = x[static_cast<size_t>(row * c.cols + col)];
+      if (row % 7 < 4) value = std::ldexp(value, static_cast<int>(row % 260) - 133);
+      if (row % 7 == 4 && (row % 2 || col % 3 == 0)) value = col % 2 ? 0.0f : -0.0f;
+      if (row % 7 == 5 && col % 5 != 0) value = std::ldexp(value, -static_cast<int>(col % 133));
+      if (row % 7 == 6 && col == row % c.cols) value = row % 2 ? NAN : INFINITY;
+    }
+  return to_bf16(x);
+}
+
 TEST(GpuQuantizeRing, NormalisedRowsOfExtremesEqualReference) {
   DSV4_NEEDS_GPU();
   Machine machine;
   for (const GlobalMode mode : {GlobalMode::kOne, GlobalMode::kComputeRow}) {
     const Case c{2200, 512, RowFormat::kNvfp4, mode};
-    std::vector<float> x = random_rows(c.rows, c.cols, 9);
-    for (int64_t row = 0; row < c.rows; ++row)
-      for (int64_t col = 0; col < c.cols; ++col) {
-        float& value = x[static_cast<size_t>(row * c.cols + col)];
-        if (row % 7 < 4) value = std::ldexp(value, static_cast<int>(row % 260) - 133);
-        if (row % 7 == 4 && (row % 2 || col % 3 == 0)) value = col % 2 ? 0.0f : -0.0f;
-        if (row % 7 == 5 && col % 5 != 0) value = std::ldexp(value, -static_cast<int>(col % 133));
-        if (row % 7 == 6 && col == row % c.cols) value = row % 2 ? NAN : INFINITY;
-      }
-    const std::vector<bf16> rows = to_bf16(x), weight = to_bf16(random_rows(1, c.cols, 4));
-    DeviceArray<bf16> device_x(machine, rows), device_weight(machine, weight);
-    for (const float eps : {1e-6f, 1e-37f})
-      expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
-        constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-        quantize_rows(QuantizeArgs{kGpu ? device_x.data() : rows.data(), false,
-                                   kGpu ? device_weight.data() : weight.data(), eps, c.rows, c.cols, c.cols, out},
-                      context);
-      });
+    const std::vector<bf16> x = extreme_rows(c);
+    for (const float eps : {1e-6f, 1e-37f}) expect_normalised_parity(machine, c, x, eps, false);
   }
 }
 
@@ -241,20 +259,48 @@ TEST(GpuQuantizeRing, SwigluRowsEqualReference) {
   machine.gpu.num_sms = 2;  // of a small machine this is a long call
   for (const bool weighted : {true, false}) {
     const Case c{2200, 1536, RowFormat::kNvfp4, GlobalMode::kComputeRow};
-    const std::vector<bf16> gate = to_bf16(rows_with_nan(c, 6)), up = to_bf16(random_rows(c.rows, c.cols, 7));
-    const std::vector<float> rho = random_rows(1, c.rows, 8);
-    DeviceArray<bf16> device_gate(machine, gate), device_up(machine, up);
-    DeviceArray<float> device_rho(machine, rho);
-    expect_parity(machine, c, false, 0, [&](const QuantizedRows& out, const auto& context) {
-      constexpr bool kGpu = std::is_same_v<std::decay_t<decltype(context)>, GpuContext>;
-      swiglu_quantize(SwigluQuantizeArgs{kGpu ? device_gate.data() : gate.data(), kGpu ? device_up.data() : up.data(),
-                                         !weighted ? nullptr
-                                         : kGpu    ? device_rho.data()
-                                                   : rho.data(),
-                                         10.0f, c.rows, c.cols, c.cols, out},
-                      context);
-    });
+    expect_swiglu_parity(machine, c, to_bf16(rows_with_nan(c, 6)), to_bf16(random_rows(c.rows, c.cols, 7)), c.cols,
+                         weighted);
   }
+}
+
+// Rows of the widths that quantize_team is compiled for. Two multiprocessors: teams hold many rows in turn, and the numbers of rows give
+// every number of teams a CTA (quantize_launch.cuh): some idle, all busy, a last round of a few.
+TEST(GpuQuantizeTeam, RowsWithTheirOwnGlobalEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  machine.gpu.num_sms = 2;
+  for (const int64_t rows : {8, 13, 301}) {
+    const Case c{rows, 4096, RowFormat::kNvfp4, GlobalMode::kComputeRow};
+    expect_dense_parity(machine, c, to_bf16(rows_with_nan({rows, 4120}, 1)), 4120);
+    expect_dense_parity(machine, c, extreme_rows(c), c.cols);
+  }
+}
+
+TEST(GpuQuantizeTeam, NormalisedRowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  machine.gpu.num_sms = 2;
+  machine.gpu.dependent = true;
+  for (const GlobalMode mode : {GlobalMode::kOne, GlobalMode::kGiven, GlobalMode::kPerRow, GlobalMode::kComputeRow})
+    for (const int64_t rows : {16, 17, 24, 128, 301}) {
+      const Case c{rows, 4096, RowFormat::kNvfp4, mode};
+      expect_normalised_parity(machine, c, to_bf16(random_rows(c.rows, c.cols, 3)), 1e-6f, rows != 17);
+      expect_normalised_parity(machine, c, extreme_rows(c), rows % 2 ? 1e-6f : 1e-37f, false);
+    }
+}
+
+TEST(GpuQuantizeTeam, SwigluRowsEqualReference) {
+  DSV4_NEEDS_GPU();
+  Machine machine;
+  machine.gpu.num_sms = 2;
+  for (const bool weighted : {true, false})
+    for (const int64_t rows : {80, 209, 384, 1001}) {  // two warps a row, then one
+      const Case c{rows, 2048, RowFormat::kNvfp4, GlobalMode::kComputeRow}, strided{rows, 2064};
+      expect_swiglu_parity(machine, c, to_bf16(rows_with_nan(strided, 6)), to_bf16(rows_with_nan(strided, 7)),
+                           strided.cols, weighted);
+      expect_swiglu_parity(machine, c, extreme_rows(c), to_bf16(random_rows(c.rows, c.cols, 7)), c.cols, weighted);
+    }
 }
 
 TEST(GpuQuantizeRing, InverseRopeEqualsReference) {

@@ -9,7 +9,8 @@ struct Bf16Source {
   const bf16* x;
   uint32_t stride;  // 16-byte pieces
 
-  static constexpr SourceTraits kTraits{.ring_stream = true, .ring_tiled = true, .ring_rows = true, .ring_norm = true};
+  static constexpr SourceTraits kTraits{
+      .ring_stream = true, .ring_tiled = true, .ring_rows = true, .ring_norm = true, .teams = true};
   struct Raw {
     uint4 low, high;
   };
@@ -41,6 +42,16 @@ struct Bf16Source {
   }
   __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t, uint32_t vec, float) const {
     return load_bf16_vector(stage + vec * kTraits.vec_bytes);
+  }
+  __device__ __forceinline__ Raw staged_raw(const uint8_t* stage, uint32_t, uint32_t vec) const {
+    const auto* from = reinterpret_cast<const uint4*>(stage + vec * kTraits.vec_bytes);
+    return {from[0], from[1]};
+  }
+  __device__ __forceinline__ static void pairs(const Raw& raw, uint32_t (&pairs)[8]) {
+    const uint32_t words[8] = {raw.low.x,  raw.low.y,  raw.low.z,  raw.low.w,
+                               raw.high.x, raw.high.y, raw.high.z, raw.high.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) pairs[j] = words[j];
   }
 };
 

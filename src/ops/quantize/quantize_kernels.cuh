@@ -1,8 +1,9 @@
-// The kernels behind every quantiser. A Source yields vectors of 16 elements (one NVFP4 group); three kernels turn them into any
+// The kernels behind every quantiser. A Source yields vectors of 16 elements (one NVFP4 group); four kernels turn them into any
 // RowFormat, and quantize_launch.cuh picks one:
 //   quantize_stream   vectors are independent: a thread a vector, a few in a row. Any size, any layout.
 //   quantize_row      a row must be seen whole (RMS norm, global per row): a CTA a row. Few rows, or long or odd ones.
 //   quantize_ring     (quantize_ring.cuh) many rows: persistent warps fed by the copy engine.
+//   quantize_team     (quantize_team.cuh) many rows of the models' widths that must be seen whole: held in registers.
 //
 //   struct Source {
 //     struct Raw;                                                // registers of one vector, as loaded
@@ -34,6 +35,7 @@ struct SourceTraits {
   bool has_rows = false;  // vectors depend on the row beyond their address
   int stream_ctas = 4;    // per SM, where rows are not contiguous
   bool ring_stream = false, ring_tiled = false, ring_rows = false, ring_norm = false;
+  bool teams = false;           // rows that must be seen whole may go to quantize_team
   bool prepares = false;        // staged vectors are changed before they are read
   bool settles = false;         // values cost so much that a second pass finds them in the stage
   uint32_t vec_bytes = 32;      // of a vector's inputs
@@ -145,28 +147,34 @@ __device__ __forceinline__ Vector16 normalized(const Vector16& v, const bf16* we
                                ptx::high_bf16(weights[j]) * (v.x[2 * j + 1] * factor));
   return vector_of_pairs(pairs);
 }
-// From the row's sum of squares.
+// From the row's mean square, or its sum of squares.
+__device__ __forceinline__ float norm_factor(float mean, float eps) { return __frcp_rn(__fsqrt_rn(mean + eps)); }
 __device__ __forceinline__ float norm_factor(double sum, uint32_t vecs_per_row, float eps) {
-  return __frcp_rn(__fsqrt_rn(__fdiv_rn(static_cast<float>(sum), static_cast<float>(vecs_per_row * 16)) + eps));
+  return norm_factor(__fdiv_rn(static_cast<float>(sum), static_cast<float>(vecs_per_row * 16)), eps);
 }
 
 // ---- encoding ----
 
-// kVecs vectors of this lane -> codes and scale bytes (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
+// kVecs vectors of this lane -> codes and scale bytes in the low bits of sf (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
 // are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again, with
 // again(k) for v[k].
 template <RowFormat kFormat, int kVecs, class Again>
 __device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain,
                                                uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs], const Again& again) {
   if constexpr (kFormat == RowFormat::kNvfp4) {
+    Nvfp4GroupScale scale[kVecs];
+    if constexpr (kVecs == 2)
+      nvfp4_plain_group_scales({v[0].amax, v[1].amax}, global, rcp6, scale);
+    else
+#pragma unroll
+      for (int k = 0; k < kVecs; ++k) scale[k] = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
     bool ok = plain;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
-      const Nvfp4GroupScale scale = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
-      sf[k] = scale.sf;
-      codes[k].x = encode_small_e2m1x8(v[k].x, scale.multiplier, v[k].signs[0], v[k].signs[1]);
-      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale.multiplier, v[k].signs[2], v[k].signs[3]);
-      ok = ok && __fmul_rn(v[k].amax, scale.multiplier) < 7.0f * kSmallE2m1Scale;
+      sf[k] = scale[k].sf;
+      codes[k].x = encode_small_e2m1x8(v[k].x, scale[k].multiplier, v[k].signs[0], v[k].signs[1]);
+      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale[k].multiplier, v[k].signs[2], v[k].signs[3]);
+      ok = ok && __fmul_rn(v[k].amax, scale[k].multiplier) < 7.0f * kSmallE2m1Scale;
     }
     if (ok) return;
 #pragma unroll

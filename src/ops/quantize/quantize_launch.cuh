@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/quantize/quantize_ring.cuh"
+#include "ops/quantize/quantize_team.cuh"
 
 namespace dsv4 {
 
@@ -93,6 +94,68 @@ void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeS
               source, out, shape, ring, norm);
 }
 
+// What a call of num_rows takes with these teams, in units of its own: rounds, and what one takes (measured).
+template <class Cut>
+uint32_t team_cost(uint32_t num_rows, const GpuContext& context) {
+  const auto at_once = static_cast<uint32_t>(context.num_sms * Cut::ctas * Cut::teams);
+  return (num_rows + at_once - 1) / at_once * (3 * Cut::teams + 7);
+}
+
+// False where the shape is not one this cut is for.
+template <class Source, RingMode kMode, class Cut>
+bool launch_team(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm,
+                 const GpuContext& context) {
+  if (shape.vecs_per_row != Cut::row_vecs || reinterpret_cast<uintptr_t>(out.codes) % 8 != 0) return false;
+  const auto smem_of = [](uint32_t teams) {
+    return team_smem_bytes<Cut>(teams, Source::kTraits.vec_bytes, has_norm(kMode));
+  };
+  uint32_t teams = Cut::teams;
+  while (teams > 0 && smem_of(teams) > ring_smem_limit()) --teams;
+  if (teams == 0) return false;
+  const auto smem = static_cast<int>(smem_of(teams));
+  const auto kernel = quantize_team<Source, kMode, Cut>;
+  gpu::allow_smem(kernel, smem);
+  gpu::launch(kernel,
+              {.grid = min(static_cast<uint32_t>(context.num_sms * Cut::ctas), (shape.num_rows + teams - 1) / teams),
+               .block = teams * Cut::warps * 32,
+               .smem_bytes = smem,
+               .stream = context.stream,
+               .dependent = context.dependent},
+              source, out, shape, norm);
+  return true;
+}
+
+template <class Source, RingMode kMode>
+bool launch_norm_team(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm,
+                      const GpuContext& context) {
+  using Few = TeamCut<2, 4, 8, 1>;  // more registers
+  using Many = TeamCut<2, 4, 12, 1>;
+  return team_cost<Few>(shape.num_rows, context) < team_cost<Many>(shape.num_rows, context)
+             ? launch_team<Source, kMode, Few>(source, out, shape, norm, context)
+             : launch_team<Source, kMode, Many>(source, out, shape, norm, context);
+}
+
+// Where teams are compiled for the row and win (docs/kernels/quantize.md, docs/kernels/swiglu_quantize.md). out: NVFP4, linear.
+template <class Source>
+bool launch_teams(const Source& source, const QuantizedRows& out, const QuantizeShape& shape, const RowNorm& norm,
+                  RingMode mode, const GpuContext& context) {
+  const auto sms = static_cast<uint32_t>(context.num_sms);
+  if constexpr (Source::kTraits.settles) {
+    if (shape.num_rows < 40 * sms) return false;
+    if (shape.num_rows < 192 * sms)
+      return launch_team<Source, RingMode::kRowGlobal, TeamCut<2, 2, 12, 1>>(source, out, shape, norm, context);
+    return launch_team<Source, RingMode::kRowGlobal, TeamCut<1, 4, 16, 1>>(source, out, shape, norm, context);
+  } else {
+    if (mode == RingMode::kRowGlobal)
+      return shape.num_rows >= 4 * sms &&
+             launch_team<Source, RingMode::kRowGlobal, TeamCut<4, 2, 4, 2>>(source, out, shape, norm, context);
+    if (shape.num_rows < 8 * sms) return false;
+    return mode == RingMode::kNorm
+               ? launch_norm_team<Source, RingMode::kNorm>(source, out, shape, norm, context)
+               : launch_norm_team<Source, RingMode::kNormRowGlobal>(source, out, shape, norm, context);
+  }
+}
+
 // One long row to quantize_stream, which then spares a division a vector.
 template <class Source>
 bool is_flat(const Source& source, const QuantizedRows& out, const QuantizeShape& shape) {
@@ -133,6 +196,9 @@ void launch_rows(const char* op, const Source& source, const QuantizedRows& out,
     const bool row_global = out.global_mode == GlobalMode::kComputeRow, linear = out.sf_layout == SfLayout::kLinear,
                plain_y = norm.weight || !out.y;
     const RingMode mode = !norm.weight ? RingMode::kRowGlobal : row_global ? RingMode::kNormRowGlobal : RingMode::kNorm;
+    if constexpr (Source::kTraits.teams)
+      if (linear && plain_y && out.format == RowFormat::kNvfp4 && launch_teams(source, out, shape, norm, mode, context))
+        return;
     const RingPlan plan =
         linear && plain_y && out.format != RowFormat::kBf16 ? plan_ring(source, out, shape, mode, context) : RingPlan{};
     if (plan.warps > 0) {

@@ -120,6 +120,10 @@ __device__ __forceinline__ double high_scaled_magnitude(uint32_t pair) {
       static_cast<long long>(ptx::multiply_add_wide(pair & 0x7fff0000u, 1u << 29, uint64_t{0x20000000} << 32)));
 }
 
+// A sum of squares made with those: what zeros and subnormals add, less than 2^-252 each, is lost in the first bound; what is infinite
+// passes the second.
+__device__ __forceinline__ bool squares_are_exact(double sum) { return sum > 0x1p-100 && sum < 0x1p250; }
+
 // Sum of squares; every lane gets it. Low halves are converted, high ones put together: conversions to binary64 run at an eighth of the
 // speed of other instructions, which is fast enough for half of the numbers.
 __device__ __forceinline__ double staged_squares(const uint8_t* stage, uint32_t count) {
@@ -143,8 +147,7 @@ __device__ __forceinline__ double staged_squares(const uint8_t* stage, uint32_t 
     return sum;
   };
   const double sum = sum_of(0x1p768, [](uint32_t pair) { return high_scaled_magnitude(pair); });
-  // What zeros and subnormals add, less than 2^-252 each, is lost in the first bound; what is infinite passes the second.
-  if (sum > 0x1p-100 && sum < 0x1p250) return sum;
+  if (squares_are_exact(sum)) return sum;
   return sum_of(1.0, [](uint32_t pair) { return ptx::cvt_f64_bf16(pair >> 16); });
 }
 
@@ -157,10 +160,9 @@ __device__ __forceinline__ void stage_weights(float4* weights, const bf16* from,
     to[vecs] = {ptx::low_bf16(piece.z), ptx::high_bf16(piece.z), ptx::low_bf16(piece.w), ptx::high_bf16(piece.w)};
   }
 }
-// normalized(), of a staged vector.
-__device__ __forceinline__ Vector16 staged_normalized(const Vector16& v, const float4* weights, uint32_t vecs,
-                                                      uint32_t vec, float factor) {
-  uint32_t pairs[8];
+// normalized(), with weights staged that way; v: bf16 numbers.
+__device__ __forceinline__ void normalized_pairs(const Vector16& v, const float4* weights, uint32_t vecs, uint32_t vec,
+                                                 float factor, uint32_t (&pairs)[8]) {
   const float4* at = weights + vec;
 #pragma unroll
   for (int k = 0; k < 4; ++k, at += vecs) {
@@ -169,7 +171,6 @@ __device__ __forceinline__ Vector16 staged_normalized(const Vector16& v, const f
     pairs[2 * k] = ptx::cvt_bf16x2(w.x * (x[0] * factor), w.y * (x[1] * factor));
     pairs[2 * k + 1] = ptx::cvt_bf16x2(w.z * (x[2] * factor), w.w * (x[3] * factor));
   }
-  return vector_of_pairs(pairs);
 }
 
 template <int kValue>
@@ -268,8 +269,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if constexpr (kNorm) factor = norm_factor(staged_squares(data, count), shape.vecs_per_row, norm.eps);
       const auto read = [&](uint32_t vec) {
         const Vector16 v = source.staged(data, count, vec, row_factor);
-        if constexpr (kNorm) return staged_normalized(v, weights, shape.vecs_per_row, vec, factor);
-        return v;
+        if constexpr (kNorm) {
+          uint32_t pairs[8];
+          normalized_pairs(v, weights, shape.vecs_per_row, vec, factor, pairs);
+          return vector_of_pairs(pairs);
+        } else {
+          return v;
+        }
       };
       if constexpr (kRowGlobal) {
         float largest = 0;

@@ -18,6 +18,7 @@ struct SwigluSource {
   static constexpr SourceTraits kTraits{.has_rows = kWeighted,
                                         .stream_ctas = 3,
                                         .ring_rows = kBf16Limit,
+                                        .teams = true,
                                         .settles = true,
                                         .vec_bytes = 64,
                                         .ring_rows_from = 48 << 10};
@@ -88,11 +89,14 @@ struct SwigluSource {
     ptx::bulk_prefetch_l2(gates(row, first_vec), count * 32);
     ptx::bulk_prefetch_l2(ups(row, first_vec), count * 32);
   }
-  __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t count, uint32_t vec,
-                                             float row_factor) const {
+  __device__ __forceinline__ Raw staged_raw(const uint8_t* stage, uint32_t count, uint32_t vec) const {
     const auto* g = reinterpret_cast<const uint4*>(stage + vec * 32);
     const auto* u = reinterpret_cast<const uint4*>(stage + (count + vec) * 32);
-    return vector({{g[0], g[1]}, {u[0], u[1]}}, 0, 0, row_factor);
+    return {{g[0], g[1]}, {u[0], u[1]}};
+  }
+  __device__ __forceinline__ Vector16 staged(const uint8_t* stage, uint32_t count, uint32_t vec,
+                                             float row_factor) const {
+    return vector(staged_raw(stage, count, vec), 0, 0, row_factor);
   }
   // binary32 results take the place of their gates and ups.
   __device__ __forceinline__ void settle(uint8_t* stage, uint32_t count, uint32_t vec, const Vector16& v) const {
