@@ -8,7 +8,8 @@
 //            kBf16    rounded once.
 // Rounding:  the RMS norm sums squares in binary64, rounds the sum to binary32, and its result to bf16 before quantising;
 //            SwiGLU is quantised from binary32; the rotation is rounded to bf16 before quantising.
-// Every backend gives the same bytes (memcmp). NaN elements are ignored by amax and encode as e2m1 0x7, e4m3 0x7f.
+// Every backend gives the same bytes (memcmp), but for sign and payload of a NaN in y: conversions in hardware drop them. NaN elements are
+// ignored by amax and encode as e2m1 0x7, e4m3 0x7f.
 #pragma once
 
 #include <cstdint>
