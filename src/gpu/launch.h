@@ -2,9 +2,9 @@
 //
 // With dependent = true the kernel may start while its predecessor on the stream still runs; it must call
 // ptx::griddepcontrol_wait() before it reads or writes anything a predecessor touches. Every kernel of this library calls
-// it in every thread before its first access to memory that is not a weight, so the attribute is always legal for them; the one
-// that reads more ahead (compress_quantize, decode) says in its header what the predecessor must leave alone. The kernel before the
-// predecessor has finished by then, because kernels let their dependents start only after their own wait.
+// it in every thread before its first access to memory that is not a weight, so the attribute is always legal for them; those
+// that do more ahead (compress_quantize, decode; the ring tier of moe_gpu) say in their header what the predecessor must leave
+// alone. The kernel before the predecessor has finished by then, because kernels let their dependents start only after their own wait.
 #pragma once
 
 #include <cuda_runtime.h>

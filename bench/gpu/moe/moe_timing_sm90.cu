@@ -40,6 +40,7 @@ sm90::MoeStreamArgs stream_args(const ExpertSet& m, const Layer& l, const Tier& 
   a.fc2_done = reinterpret_cast<uint32_t*>(base + layout.fc2_done);
   a.exited = reinterpret_cast<uint32_t*>(base + layout.exited),
   a.ticket = reinterpret_cast<uint32_t*>(base + layout.ticket_stream);
+  a.drawn = reinterpret_cast<uint32_t*>(base + layout.drawn);
   a.num_tokens = int(l.tokens), a.swiglu_limit = 10.0f;
   return a;
 }

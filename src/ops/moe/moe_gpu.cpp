@@ -32,6 +32,7 @@ void run_in_one_launch(const MoeGpuArgs& args, const MoePlan& plan, const MoeWor
   s.fc1_done = at<uint32_t>(args, layout.fc1_done);
   s.fc2_done = at<uint32_t>(args, layout.fc2_done);
   s.exited = at<uint32_t>(args, layout.exited);
+  s.drawn = at<uint32_t>(args, layout.drawn);
   s.ticket = at<uint32_t>(args, layout.ticket_stream);
   s.num_tokens = static_cast<int>(args.num_tokens);
   s.swiglu_limit = args.swiglu_limit;

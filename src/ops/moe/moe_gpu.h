@@ -36,7 +36,8 @@ struct MoeGpuArgs {
   int64_t workspace_bytes;
 };
 
-// Once after allocating a workspace; calls leave it ready for the next, of any plan with the same hidden.
+// Once after allocating a workspace; calls leave it ready for the next, of any plan with the same hidden. Its first bytes are theirs alone: the
+// ring tier adds to one of these counters before it waits for the kernel before it (gpu/launch.h).
 void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream);
 
 void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream);

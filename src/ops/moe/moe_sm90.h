@@ -67,6 +67,7 @@ struct MoeStreamArgs {
   uint32_t* fc1_done;  // [kStreamMaxChunks]   tasks of fc1 finished, per chunk, the shared expert's first
   uint32_t* fc2_done;  // [fc2 strips]         ring: chunks finished, per strip; streaming: [0], tasks of fc2 finished
   uint32_t* exited;    // [1]
+  uint32_t* drawn;     // [1]                  ring: first tasks drawn, those of side 1 << 16
   uint32_t* ticket;    // [2, 2]               streaming: of fc1 and fc2, per side
   int num_tokens;
   float swiglu_limit;

@@ -11,7 +11,7 @@ namespace dsv4 {
 
 struct MoeWorkspace {
   // ring and streaming tier; zero before the first call (init_moe_workspace), left zero by every call
-  int64_t fc1_done = 0, fc2_done = 0, exited = 0, ticket_stream = 0, counter_bytes = 0;
+  int64_t fc1_done = 0, fc2_done = 0, exited = 0, drawn = 0, ticket_stream = 0, counter_bytes = 0;
   // scratch
   int64_t h = 0, slot_y = 0;  // all tiers
   int64_t tiles = 0, num_tiles = 0, expert_rows = 0, row_slot = 0, slot_row = 0, ticket = 0, tile_done = 0,
@@ -33,6 +33,7 @@ constexpr MoeWorkspace layout_moe_workspace(const MoePlanInput& in, MoeTier tier
   w.fc1_done = take(sm90::kStreamMaxChunks * 4);
   w.fc2_done = take(moe_fc2_strips(in.hidden) * 4);
   w.exited = take(4);
+  w.drawn = take(4);
   w.ticket_stream = take(16);
   w.counter_bytes = at;
   w.slot_y = take(slots * in.hidden * 2);
