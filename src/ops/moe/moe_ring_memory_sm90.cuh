@@ -238,60 +238,51 @@ __device__ __forceinline__ RingLoad ring_begin(const MoeStreamArgs& args, typena
   const int base = lane / topk * topk;  // of the slot's token
   const uint32_t below = (1u << lane) - 1, of_token = ((1u << (topk - 1)) * 2 - 1) << base;
   RingLoad load;
-  // Pass 1 only: a pass 0 before the wait, with any experts, to have the instructions fetched, gained nothing.
-#pragma unroll 1
-  for (int pass = 1; pass < 2; ++pass) {
-    int e = min(lane, args.shape.num_experts - 1), own = static_cast<int>(blockIdx.x);
-    float rho = 0;
-    asm volatile("" : "+r"(pass));  // one piece of code
-    if (pass == 1) {
-      ptx::griddepcontrol_wait();
-      e = -1;
-      if (lane < num_slots) {
-        e = args.topk_idx[lane];
-        rho = args.topk_weights[lane];
-      }
-      if (self == 0 && lane == 0) {
-        shared.drawn = drawn;
-        shared.first_task = ring_first_task(args, drawn);
-        ptx::mbarrier_arrive(&shared.placed);
-      }
-      spin_until([&] { return mbarrier_try_wait_long(&shared.placed, 0); }, "moe ring: first task", 0, 0);
-      own = shared.first_task;
-      if (e < 0 || e >= args.shape.num_experts) e = -1;
-    }
-    uint32_t smaller = 0, equal = 0;  // slots of experts with smaller ids, of the same
-#pragma unroll 6
-    for (int j = 0; j < num_slots; ++j) {
-      const int other = __shfl_sync(0xffffffffu, e, j);
-      smaller |= static_cast<uint32_t>(other < e) << j;
-      equal |= static_cast<uint32_t>(other == e) << j;
-    }
-    const int before = __popc(equal & below);
-    const bool is_slot = lane < num_slots && e >= 0, is_head = is_slot && before % Traits::kMaxRows == 0;  // of a chunk
-    const uint32_t valid = __ballot_sync(0xffffffffu, is_slot), heads = __ballot_sync(0xffffffffu, is_head);
-    const int chunk = __popc(smaller & heads) + before / Traits::kMaxRows, at = __popc(smaller & valid) + before;
-    tasks = ring_tasks<Traits>(args, __popc(heads), own);
-    load.task = ring_task<Traits>(args, shared, tasks, own, [&](int wanted) {
-      const uint32_t head = __ballot_sync(0xffffffffu, is_head && chunk == wanted);
-      return head ? __shfl_sync(0xffffffffu, e, __ffs(static_cast<int>(head)) - 1) : 0;  // 0: a CTA without tasks
-    });
-    load.words = ring_words(load.task, 0);
-    if (pass == 0 || self != 0) continue;
-    if (is_head) {
-      shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
-      shared.chunk_first[chunk] = static_cast<uint16_t>(at);
-      shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, __popc(equal) - before));
-    }
-    if (is_slot) shared.slots[at] = static_cast<uint16_t>(lane);
-    if (lane < num_slots) {
-      const int place = __popc(smaller & of_token) + __popc(equal & of_token & below);
-      shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : lane - base);
-      shared.rho[lane] = rho;
-    }
-    if (lane == 0) shared.num_chunks = __popc(heads);
-    ptx::mbarrier_arrive(&shared.routed);
+  int e = -1;
+  float rho = 0;
+  if (lane < num_slots) {
+    e = args.topk_idx[lane];
+    rho = args.topk_weights[lane];
   }
+  if (self == 0 && lane == 0) {
+    shared.drawn = drawn;
+    shared.first_task = ring_first_task(args, drawn);
+    ptx::mbarrier_arrive(&shared.placed);
+  }
+  spin_until([&] { return mbarrier_try_wait_long(&shared.placed, 0); }, "moe ring: first task", 0, 0);
+  const int own = shared.first_task;
+  if (e < 0 || e >= args.shape.num_experts) e = -1;
+  uint32_t smaller = 0, equal = 0;  // slots of experts with smaller ids, of the same
+#pragma unroll 6
+  for (int j = 0; j < num_slots; ++j) {
+    const int other = __shfl_sync(0xffffffffu, e, j);
+    smaller |= static_cast<uint32_t>(other < e) << j;
+    equal |= static_cast<uint32_t>(other == e) << j;
+  }
+  const int before = __popc(equal & below);
+  const bool is_slot = lane < num_slots && e >= 0, is_head = is_slot && before % Traits::kMaxRows == 0;  // of a chunk
+  const uint32_t valid = __ballot_sync(0xffffffffu, is_slot), heads = __ballot_sync(0xffffffffu, is_head);
+  const int chunk = __popc(smaller & heads) + before / Traits::kMaxRows, at = __popc(smaller & valid) + before;
+  tasks = ring_tasks<Traits>(args, __popc(heads), own);
+  load.task = ring_task<Traits>(args, shared, tasks, own, [&](int wanted) {
+    const uint32_t head = __ballot_sync(0xffffffffu, is_head && chunk == wanted);
+    return head ? __shfl_sync(0xffffffffu, e, __ffs(static_cast<int>(head)) - 1) : 0;  // 0: a CTA without tasks
+  });
+  load.words = ring_words(load.task, 0);
+  if (self != 0) return load;
+  if (is_head) {
+    shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
+    shared.chunk_first[chunk] = static_cast<uint16_t>(at);
+    shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, __popc(equal) - before));
+  }
+  if (is_slot) shared.slots[at] = static_cast<uint16_t>(lane);
+  if (lane < num_slots) {
+    const int place = __popc(smaller & of_token) + __popc(equal & of_token & below);
+    shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : lane - base);
+    shared.rho[lane] = rho;
+  }
+  if (lane == 0) shared.num_chunks = __popc(heads);
+  ptx::mbarrier_arrive(&shared.routed);
   return load;
 }
 

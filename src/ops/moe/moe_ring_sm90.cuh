@@ -278,10 +278,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) moe_ring_kernel(const __g
   RingTasks tasks;
   RingLoad load;
   const bool few = ring_few_slots(args), loads_weights = loader >= 0 && loader < Traits::kLoaders;
+  ptx::griddepcontrol_wait();
   if (few && loads_weights) {
     load = ring_begin<Traits>(args, shared, loader, drawn, tasks);
   } else {
-    ptx::griddepcontrol_wait();
     if (few) {
       spin_until([&] { return mbarrier_try_wait_long(&shared.routed, 0); }, "moe ring: routing", 0, 0);
     } else {
