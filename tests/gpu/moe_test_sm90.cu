@@ -136,6 +136,19 @@ TEST_F(MoeGpu, FewCtasOddNumbers) {
   }
 }
 
+// Strips of a multiple of 16, which the ring tier deals to the sides of the L2: few and odd numbers of CTAs, rings that wrap, slots on both
+// sides of what one warp routes (32).
+TEST_F(MoeGpu, FewCtasOnBothSides) {
+  use({"sides", 2048, 1024, 12, 6});
+  for (const Routing routing : {Routing::kHoles, Routing::kDuplicates, Routing::kNone})
+    for (const int64_t tokens : {1, 5, 6}) {
+      const Layer l = layer(tokens, routing, false);
+      const Reference reference = make_reference(experts.linear(), l, ActFormat::kBf16, stream().get());
+      for (const int ctas : {1, 2, 3, num_sms - 1, num_sms})
+        expect_right(l, {"ring", ActFormat::kBf16, num_sms - ctas}, reference);
+    }
+}
+
 TEST_F(MoeGpu, FlashShape) {
   use({"flash/32", 4096, 2048, 32, 6});
   for (const int64_t tokens : {1, 12, 200}) expect_right_everywhere(layer(tokens, Routing::kUniform, false));

@@ -87,6 +87,7 @@ void run_tiled(const MoeGpuArgs& args, const MoePlan& plan, const MoeWorkspace& 
 void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream) {
   DSV4_CUDA(cudaMemsetAsync(workspace, 0,
                             static_cast<size_t>(layout_moe_workspace(input, MoeTier::kStream).counter_bytes), stream));
+  DSV4_CUDA(cudaStreamSynchronize(stream));
 }
 
 void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream) {

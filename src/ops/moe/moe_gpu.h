@@ -36,8 +36,9 @@ struct MoeGpuArgs {
   int64_t workspace_bytes;
 };
 
-// Once after allocating a workspace; calls leave it ready for the next, of any plan with the same hidden. Its first bytes are theirs alone: the
-// ring tier adds to one of these counters before it waits for the kernel before it (gpu/launch.h).
+// Once after allocating a workspace, waits for the stream; calls leave it ready for the next, of any plan with the same hidden. Its first
+// MoeWorkspace::counter_bytes are theirs alone: the ring tier adds to one of these counters before it waits for the kernel before it
+// (gpu/launch.h), which must let its dependents start only after its own wait, as all of this library do.
 void init_moe_workspace(void* workspace, const MoePlanInput& input, cudaStream_t stream);
 
 void moe_gpu(const MoeGpuArgs& args, const MoePlan& plan, cudaStream_t stream);

@@ -79,7 +79,7 @@ struct RingTasks {
   int own;  // the CTA's first task
 };
 
-// Strip at a position of a chunk's tasks. Even positions, and even CTAs, belong to side 0 of the L2.
+// Strip at a position of a chunk's tasks. Even positions belong to side 0 of the L2, where strips are a multiple of 16.
 __device__ __forceinline__ int ring_strip(int position, int strips) {
   if (strips % 16 != 0) return position;
   const int i = position >> 1;
@@ -100,8 +100,8 @@ __device__ __forceinline__ RingTasks ring_tasks(const MoeStreamArgs& args, int c
   t.per_strip1 = 1.0f / static_cast<float>(t.strips1), t.per_strip2 = 1.0f / static_cast<float>(t.strips2);
   return t;
 }
-// expert_of(chunk): where shared.chunk_expert is not there yet.
-template <class Traits, class ExpertOf>
+// expert_of(chunk): where shared.chunk_expert is not there yet; nor are then (not kListed) the task's rows.
+template <class Traits, bool kListed, class ExpertOf>
 __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared,
                                               const RingTasks& tasks, int v, const ExpertOf& expert_of) {
   RingTask task;
@@ -131,7 +131,7 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
   } else {
     task.counter = tasks.shared_chunks + chunk;
     task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
-    task.rows = shared.chunk_rows[chunk], task.first = shared.chunk_first[chunk];
+    task.rows = kListed ? shared.chunk_rows[chunk] : 0, task.first = kListed ? shared.chunk_first[chunk] : 0;
     const int expert = expert_of(chunk);
     const int cols = task.is_fc2 ? args.shape.inter : args.shape.hidden;
     const int64_t pair =
@@ -146,7 +146,7 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
 template <class Traits>
 __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared,
                                               const RingTasks& tasks, int v) {
-  return ring_task<Traits>(args, shared, tasks, v, [&](int chunk) { return int{shared.chunk_expert[chunk]}; });
+  return ring_task<Traits, true>(args, shared, tasks, v, [&](int chunk) { return int{shared.chunk_expert[chunk]}; });
 }
 
 // Where a stage of a routed expert lies, from the task's weights on: a strip's part of a slab, two chunks of codes, then the scales of each.
@@ -194,27 +194,32 @@ __device__ __forceinline__ void ring_prefetch(const MoeStreamArgs& args) {
   prefetch(args.x, int64_t{args.num_tokens} * args.shape.hidden * 2, static_cast<int>(blockIdx.x));
 }
 
-// A CTA's first task: even ones have weights on side 0 of the L2, odd ones on side 1. CTAs draw them, of their SM's side while there are any;
-// `drawn` counts the draws before this one, those of side 1 << 16. Drawing comes before the wait for the kernel before, too: that one let
-// this one start after its own draws, and the last of these left the count zero.
+// A CTA's first task: even ones have weights on side 0 of the L2, odd ones on side 1, and so have those that follow if the number of CTAs is
+// even. CTAs draw them, of their SM's side while there are any. `drawn`: the draws before this one, those of side 1 << 16, and in bit 31 the
+// side it was for, asked once. Drawing comes before the wait for the kernel before, too: that one let this one start after its
+// own draws, and the last of these left the count zero.
 __device__ __forceinline__ bool ring_draws(const MoeStreamArgs& args) { return args.experts.sides.sms.known; }
 __device__ __forceinline__ uint32_t ring_draw(const MoeStreamArgs& args) {
-  return ring_draws(args) ? add_relaxed(args.drawn, 1u << 16 * args.experts.sides.sms.side(ptx::smid())) : 0;
+  if (!ring_draws(args)) return 0;
+  const uint32_t side = args.experts.sides.sms.side(ptx::smid());
+  return add_relaxed(args.drawn, 1u << 16 * side) | side << 31;
+}
+__device__ __forceinline__ int ring_draws_of_side(uint32_t drawn, int side) {
+  return static_cast<int>(drawn >> 16 * side & 0x7fff);
 }
 __device__ __forceinline__ int ring_first_task(const MoeStreamArgs& args, uint32_t drawn) {
   if (!ring_draws(args)) return static_cast<int>(blockIdx.x);
-  const int side = static_cast<int>(args.experts.sides.sms.side(ptx::smid()));
+  const int side = static_cast<int>(drawn >> 31);
   const int even = static_cast<int>(gridDim.x + 1) / 2, odd = static_cast<int>(gridDim.x) / 2;
-  const int own = side ? odd : even, other = side ? even : odd,
-            rank = static_cast<int>(side ? drawn >> 16 : drawn & 0xffff);
+  const int own = side ? odd : even, other = side ? even : odd, rank = ring_draws_of_side(drawn, side);
   return rank < own ? 2 * rank + side : 2 * (other - 1 - (rank - own)) + 1 - side;
 }
 
 // One thread of each CTA, before the kernel after this may start.
 __device__ __forceinline__ void ring_end_draws(const MoeStreamArgs& args, uint32_t drawn) {
-  if (!ring_draws(args) || (drawn & 0xffff) + (drawn >> 16) != gridDim.x - 1) return;
-  const uint32_t all = exchange_relaxed(args.drawn, 0);
-  if ((all & 0xffff) + (all >> 16) != gridDim.x) __trap();  // and so it has come back
+  const auto draws = [](uint32_t of) { return ring_draws_of_side(of, 0) + ring_draws_of_side(of, 1); };
+  if (!ring_draws(args) || draws(drawn) != static_cast<int>(gridDim.x) - 1) return;
+  if (draws(exchange_relaxed(args.drawn, 0)) != static_cast<int>(gridDim.x)) __trap();  // and so it has come back
 }
 
 // What copying a task's weights begins with: `words` are of its first 32 slabs, one a lane.
@@ -264,7 +269,7 @@ __device__ __forceinline__ RingLoad ring_begin(const MoeStreamArgs& args, typena
   const uint32_t valid = __ballot_sync(0xffffffffu, is_slot), heads = __ballot_sync(0xffffffffu, is_head);
   const int chunk = __popc(smaller & heads) + before / Traits::kMaxRows, at = __popc(smaller & valid) + before;
   tasks = ring_tasks<Traits>(args, __popc(heads), own);
-  load.task = ring_task<Traits>(args, shared, tasks, own, [&](int wanted) {
+  load.task = ring_task<Traits, false>(args, shared, tasks, own, [&](int wanted) {
     const uint32_t head = __ballot_sync(0xffffffffu, is_head && chunk == wanted);
     return head ? __shfl_sync(0xffffffffu, e, __ffs(static_cast<int>(head)) - 1) : 0;  // 0: a CTA without tasks
   });
@@ -326,10 +331,10 @@ __device__ void ring_load_weights(const MoeStreamArgs& args, typename Traits::Sh
         if constexpr (Traits::kMode == StreamMode::kMathOnly) {
           ptx::mbarrier_arrive(&full[at]);
         } else if (is_shared) {
-          const int block = i * Traits::kStageBlocks;
-          const uint32_t bytes = min(Traits::kStageBlocks, load.task.blocks - block) * kMoeFp8HalfBytes;
+          const int first_block = i * Traits::kStageBlocks;
+          const uint32_t bytes = min(Traits::kStageBlocks, load.task.blocks - first_block) * kMoeFp8HalfBytes;
           ptx::mbarrier_arrive_expect_tx(&full[at], bytes);
-          ptx::bulk_load(stage, weights + static_cast<int64_t>(block) * kMoeFp8HalfBytes, bytes, &full[at],
+          ptx::bulk_load(stage, weights + static_cast<int64_t>(first_block) * kMoeFp8HalfBytes, bytes, &full[at],
                          ptx::L2Hint::kEvictFirst);
         } else {
           ptx::mbarrier_arrive_expect_tx(&full[at], Traits::kWeightBytes);

@@ -1,16 +1,17 @@
 // Ring tier of the MoE layer on Hopper: one launch like the streaming tier (moe_stream_sm90.cuh), for one to three tokens, where
 // that one has too few tasks to fill the machine.
 //
-// Task = 64 weight rows x up to 8 token rows of one expert. Two producer warps copy packed strips in task order (all of fc1,
+// Task = 64 weight rows x up to 8 token rows of one expert. Two warps copy packed strips in task order (all of fc1,
 // then all of fc2) into a ring while two warps bring the token rows, which do wait (fc2's for the h of their chunk). Groups
 // of four math warps take ring stages in turn (split-K inside the CTA); four more warps add their sums in a fixed order and run the
 // epilogue. The last task of a strip combines.
 //
 // A launch is short, so its ends count: up to 32 slots are routed in the registers of the warps that copy weights, the counters are put back by
-// warps that have nothing else left to do, and what a stage costs a copying warp is one shuffle per address (these share their
+// warps that have nothing else left to do, and a stage costs a copying warp three shuffles for its four addresses (these share their
 // schedulers with decoding warps and bounded the kernel before).
 //
-// Tasks alternate between the sides of the L2, and so do CTAs: a CTA's tasks lie on its SM's side (ring_first_task).
+// Tasks alternate between the sides of the L2, and so do CTAs: a CTA's tasks lie on its SM's side (ring_first_task), where the number of CTAs
+// is even and strips are a multiple of 16.
 //
 // kShared: the FP8 shared expert's tasks are tasks of this launch. A half block stands where a block of a routed expert does.
 #pragma once

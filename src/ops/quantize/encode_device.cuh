@@ -149,16 +149,6 @@ __device__ __forceinline__ Nvfp4GroupScale nvfp4_plain_group_scale(float amax16,
   return scale;
 }
 
-// nvfp4_plain_group_scale of two groups: one conversion each way does for both. scale[0].sf: its low byte counts.
-__device__ __forceinline__ void nvfp4_plain_group_scales(const float (&amax16)[2], float global, float rcp6,
-                                                         Nvfp4GroupScale (&scale)[2]) {
-  const uint32_t codes = ptx::cvt_e4m3x2(__fmul_rn(amax16[0], rcp6), __fmul_rn(amax16[1], rcp6));
-  const float2 decoded = ptx::cvt_f32_f16x2(ptx::cvt_f16x2_e4m3x2(codes));
-  const float scaled = __fmul_rn(global, 1.0f / kSmallE2m1Scale);
-  const float first = rcp_rn_normal(__fmul_rn(decoded.x, scaled)), second = rcp_rn_normal(__fmul_rn(decoded.y, scaled));
-  scale[0] = {codes, decoded.x == 0 ? 0.0f : first};
-  scale[1] = {codes >> 8, decoded.y == 0 ? 0.0f : second};
-}
 // sf * global and its reciprocal are normal for every sf.
 __device__ __forceinline__ bool nvfp4_global_is_plain(float global) { return global >= 0x1p-60f && global <= 0x1p60f; }
 

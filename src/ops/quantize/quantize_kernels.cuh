@@ -155,26 +155,37 @@ __device__ __forceinline__ float norm_factor(double sum, uint32_t vecs_per_row, 
 
 // ---- encoding ----
 
-// kVecs vectors of this lane -> codes and scale bytes in the low bits of sf (kFp8: the block's byte in all of its eight lanes). Nothing branches until all
-// are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation, an extreme global) is done again, with
-// again(k) for v[k].
+// nvfp4_plain_group_scale of two groups: one conversion each way does for both. group_scale[0].sf: its low byte counts.
+__device__ __forceinline__ void nvfp4_plain_group_scales(const float (&amax16)[2], float global, float rcp6,
+                                                         Nvfp4GroupScale (&group_scale)[2]) {
+  const uint32_t codes = ptx::cvt_e4m3x2(__fmul_rn(amax16[0], rcp6), __fmul_rn(amax16[1], rcp6));
+  const float2 decoded = ptx::cvt_f32_f16x2(ptx::cvt_f16x2_e4m3x2(codes));
+  const float scaled = __fmul_rn(global, 1.0f / kSmallE2m1Scale);
+  const float first = rcp_rn_normal(__fmul_rn(decoded.x, scaled)), second = rcp_rn_normal(__fmul_rn(decoded.y, scaled));
+  group_scale[0] = {codes, decoded.x == 0 ? 0.0f : first};
+  group_scale[1] = {codes >> 8, decoded.y == 0 ? 0.0f : second};
+}
+
+// kVecs vectors of this lane -> codes and scale bytes in the low bits of sf (kFp8: the block's byte in all of its eight
+// lanes). Nothing branches until all are encoded, so that their instructions mix; what the short way cannot do (NaN, saturation,
+// an extreme global) is done again, with again(k) for v[k].
 template <RowFormat kFormat, int kVecs, class Again>
 __device__ __forceinline__ void encode_vectors(const Vector16 (&v)[kVecs], float global, float rcp6, bool plain,
                                                uint4 (&codes)[kVecs], uint32_t (&sf)[kVecs], const Again& again) {
   if constexpr (kFormat == RowFormat::kNvfp4) {
-    Nvfp4GroupScale scale[kVecs];
+    Nvfp4GroupScale group_scale[kVecs];
     if constexpr (kVecs == 2)
-      nvfp4_plain_group_scales({v[0].amax, v[1].amax}, global, rcp6, scale);
+      nvfp4_plain_group_scales({v[0].amax, v[1].amax}, global, rcp6, group_scale);
     else
 #pragma unroll
-      for (int k = 0; k < kVecs; ++k) scale[k] = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
+      for (int k = 0; k < kVecs; ++k) group_scale[k] = nvfp4_plain_group_scale(v[k].amax, global, rcp6);
     bool ok = plain;
 #pragma unroll
     for (int k = 0; k < kVecs; ++k) {
-      sf[k] = scale[k].sf;
-      codes[k].x = encode_small_e2m1x8(v[k].x, scale[k].multiplier, v[k].signs[0], v[k].signs[1]);
-      codes[k].y = encode_small_e2m1x8(v[k].x + 8, scale[k].multiplier, v[k].signs[2], v[k].signs[3]);
-      ok = ok && __fmul_rn(v[k].amax, scale[k].multiplier) < 7.0f * kSmallE2m1Scale;
+      sf[k] = group_scale[k].sf;
+      codes[k].x = encode_small_e2m1x8(v[k].x, group_scale[k].multiplier, v[k].signs[0], v[k].signs[1]);
+      codes[k].y = encode_small_e2m1x8(v[k].x + 8, group_scale[k].multiplier, v[k].signs[2], v[k].signs[3]);
+      ok = ok && __fmul_rn(v[k].amax, group_scale[k].multiplier) < 7.0f * kSmallE2m1Scale;
     }
     if (ok) return;
 #pragma unroll

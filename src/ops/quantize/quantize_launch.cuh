@@ -94,7 +94,7 @@ void launch_ring(const Source& source, const QuantizedRows& out, const QuantizeS
               source, out, shape, ring, norm);
 }
 
-// What a call of num_rows takes with these teams, in units of its own: rounds, and what one takes (measured).
+// What a call of num_rows takes with these teams, in units of its own: rounds, and what one takes (measured on sm_90a, where all of them fit).
 template <class Cut>
 uint32_t team_cost(uint32_t num_rows, const GpuContext& context) {
   const auto at_once = static_cast<uint32_t>(context.num_sms * Cut::ctas * Cut::teams);
@@ -109,8 +109,9 @@ bool launch_team(const Source& source, const QuantizedRows& out, const QuantizeS
   const auto smem_of = [](uint32_t teams) {
     return team_smem_bytes<Cut>(teams, Source::kTraits.vec_bytes, has_norm(kMode));
   };
+  const uint32_t limit = ring_smem_limit();
   uint32_t teams = Cut::teams;
-  while (teams > 0 && smem_of(teams) > ring_smem_limit()) --teams;
+  while (teams > 0 && smem_of(teams) > limit) --teams;
   if (teams == 0) return false;
   const auto smem = static_cast<int>(smem_of(teams));
   const auto kernel = quantize_team<Source, kMode, Cut>;

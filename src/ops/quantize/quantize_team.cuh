@@ -70,7 +70,9 @@ __global__ void __launch_bounds__(Cut::threads, Cut::ctas)
   constexpr int kWarps = Cut::warps, kVecs = Cut::vecs;
   constexpr uint32_t kThreads = kWarps * 32, kRowVecs = Cut::row_vecs,
                      kStageBytes = kRowVecs * Source::kTraits.vec_bytes;
-  static_assert(kVecs % 2 == 0 && (kWarps == 1 || Cut::teams <= 16));
+  static_assert(kVecs % 2 == 0 && (kWarps == 1 || Cut::teams <= 15));  // named barriers 1 .. 15
+  static_assert((kNorm || kRowGlobal) && (kPairs || !kNorm));  // who would queue the next row, and read the norm
+  static_assert(!Source::kTraits.prepares && (!kPairs || !Source::kTraits.has_rows));
   extern __shared__ __align__(128) uint8_t team_smem[];
   const uint32_t teams = blockDim.x / kThreads, team = threadIdx.x / kThreads, thread = threadIdx.x % kThreads;
   const uint32_t warp = thread / 32, lane = threadIdx.x % 32;
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(Cut::threads, Cut::ctas)
     if constexpr (kWarps > 1) {
       auto* const mine = values + (team * 2 + parity) * kWarps;
       if (lane == 0) mine[warp] = value;
-      ptx::named_barrier_sync(team, kThreads);
+      ptx::named_barrier_sync(team + 1, kThreads);
       value = mine[0];
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) value = combine(value, mine[w]);
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(Cut::threads, Cut::ctas)
             pairs,
             [&](double part) { return over_team(part, all_sums, parity, [](double a, double b) { return a + b; }); },
             [&] {
-              if constexpr (kWarps > 1) ptx::named_barrier_sync(team, kThreads);
+              if constexpr (kWarps > 1) ptx::named_barrier_sync(team + 1, kThreads);
             });
         queue(row + row_step);
         const float factor = norm_factor(mean_of<kRowVecs * 16>(sum), norm.eps);
