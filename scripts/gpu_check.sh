@@ -15,7 +15,7 @@
 # gtest filter of a process, or every test but those named *Exhaustive* when there is none.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
-bin='' tests=1 sanitize=1 bench=1 quick='' only='' jobs=$((($(nproc) + 1) / 2))
+bin='' built='' tests=1 sanitize=1 bench=1 quick='' only='' jobs=$((($(nproc) + 1) / 2))
 while [ $# -gt 0 ]; do
   case $1 in --bin | --only | --jobs) [ -n "${2-}" ] || { echo "$1 needs a value" >&2; exit 2; } ;; esac
   case $1 in
