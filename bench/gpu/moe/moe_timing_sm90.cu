@@ -110,8 +110,9 @@ void time_moe(const MoeTimeOptions& options, const MoeCeilings& ceilings,
   }
   DeviceBuffer flush(384 << 20);
   gpu::fill(flush.data(), 1, flush.bytes(), stream.get());
-  for (const std::string& routing : options.routings)
-    for (const int64_t tokens : options.tokens)
+  // Tokens outermost: a short row right after the longest of another routing found the clocks low (docs/kernels/moe_sm90.md, T = 1 zipf).
+  for (const int64_t tokens : options.tokens)
+    for (const std::string& routing : options.routings)
       for (const std::string& tier_name : options.tiers) {
         const Tier tier{tier_name, options.a4 ? ActFormat::kNvfp4 : ActFormat::kBf16, 0, options.shared ? s.inter : 0};
         const MoePlan plan = make_plan(s, tokens, tier);
