@@ -12,6 +12,24 @@ inline uint32_t cvt_e2m1x2(float, float) { return 0; }
 inline uint32_t cvt_e4m3x2(float even, float odd) {
   return encode_e4m3(even) | static_cast<uint32_t>(encode_e4m3(odd)) << 8;
 }
+// Codes of e4m3 are normal numbers of f16, or zero.
+inline uint32_t cvt_f16x2_e4m3x2(uint32_t codes) {
+  const auto f16 = [](uint8_t code) -> uint32_t {
+    const float value = decode_e4m3(code);
+    if (std::isnan(value)) return 0x7fff;
+    const uint32_t bits = __float_as_uint(value), magnitude = bits & 0x7fffffffu;
+    return (bits >> 16 & 0x8000) | (magnitude == 0 ? 0 : (magnitude >> 13) - ((127 - 15) << 10));
+  };
+  return f16(static_cast<uint8_t>(codes)) | f16(static_cast<uint8_t>(codes >> 8)) << 16;
+}
+inline float2 cvt_f32_f16x2(uint32_t pair) {  // of normal numbers, zero and NaN
+  const auto widened = [](uint32_t half) {
+    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude > 0x7c00) return __uint_as_float(0x7fffffffu);
+    return __uint_as_float(sign | (magnitude == 0 ? 0 : (magnitude << 13) + ((127 - 15) << 23)));
+  };
+  return {widened(pair & 0xffff), widened(pair >> 16)};
+}
 inline uint32_t bf16_bits(float x) {
   const bf16 value = encode_bf16(x);
   uint16_t bits;
