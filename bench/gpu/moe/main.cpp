@@ -13,6 +13,7 @@
 #include <charconv>
 #include <cstdio>
 #include <fstream>
+#include <limits>
 
 #include "base/check.h"
 #include "gpu/device.h"
@@ -33,11 +34,12 @@ std::vector<std::string> split(const std::string& text) {
   return parts;
 }
 
-int64_t count_of(const std::string& what, const std::string& text) {
+int64_t count_of(const std::string& what, const std::string& text, int64_t least = 0) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
   int64_t count = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
-  if (error != std::errc() || end != text.data() + text.size() || count < 0)
-    throw_usage("{}: expected a number from 0 on, found '{}'", what, text);
+  if (error != std::errc() || end != text.data() + text.size() || count < least || count > kMost)
+    throw_usage("{}: expected a number from {} to {}, found '{}'", what, least, kMost, text);
   return count;
 }
 bool switch_of(const std::string& key, const std::string& value) {
@@ -106,11 +108,14 @@ int run_mode(const std::vector<std::string>& args) {
       options.routings = split(value);
     } else if (key == "--tier") {
       options.tiers = split(value);
+      for (const std::string& tier : options.tiers)
+        if (tier != "auto" && tier != "before" && tier != "ring" && tier != "stream" && tier != "tiled")
+          throw_usage("{}: expected auto, before, ring, stream or tiled, found '{}'", key, tier);
     } else if (key == "--act") {
       if (value != "a4" && value != "a16") throw_usage("{}: expected a16 or a4, found '{}'", key, value);
       options.a4 = value == "a4";
     } else if (key == "--samples") {
-      options.samples = static_cast<int>(count_of(key, value));
+      options.samples = static_cast<int>(count_of(key, value, 1));
     } else if (key == "--read") {
       options.read_only = switch_of(key, value);
     } else if (key == "--parts") {

@@ -2,8 +2,8 @@
 //
 // Differences from moe.h: x and y are BF16; an expert id out of range is a slot unused, since nothing here looks at ids on the host; the
 // shared expert is FP8 (or its output is an input); exact mode does not exist here. Weights: find_moe_sides and pack_moe_expert
-// (moe_pack_sm90.h), pack_moe_shared (moe_shared_sm90.h). No call synchronises with the host; every call can be captured in a graph. Same
-// inputs give the same bits. In a4 sums run in the order of the tensor core, not of the contract.
+// (moe_pack_sm90.h), pack_moe_shared (moe_shared_sm90.h). moe_gpu does not synchronise with the host and can be captured in a
+// graph. Same inputs give the same bits. In a4 sums run in the order of the tensor core, not of the contract.
 //
 // The shared expert given as weights runs inside the one launch of the ring and the streaming tier, and in two launches before
 // the routed experts in the tiled tier (MoePlan::shared). Its inter need not be the routed experts'.

@@ -40,12 +40,7 @@ struct RingTraits {
 
   struct Shared {
     float partial[kBuffers][kPartialFloats];
-    float rho[kMaxSlots];
-    uint16_t slots[kMaxSlots];  // sorted by expert, then token
-    uint8_t order[kMaxSlots];   // per token: its topk positions by expert id
-    uint16_t chunk_expert[kMaxSlots];
-    uint16_t chunk_first[kMaxSlots];
-    uint16_t chunk_rows[kMaxSlots];
+    RoutedSlots<kMaxSlots> routing;
     uint64_t partial_full[kBuffers], partial_empty[kBuffers];
     uint64_t placed, routed;  // first_task is there (few slots), and all that routing finds
     int num_chunks, first_task;
@@ -66,7 +61,7 @@ struct RingTask {
   bool is_fc2, is_shared;
   int counter;             // of fc1_done: the chunk, the shared expert's before the others
   int strip, blocks;       // blocks: of the shared expert half blocks
-  int rows, first;         // token rows; the first in shared.slots, or the first token
+  int rows, first;         // token rows; the first in shared.routing.slots, or the first token
   const uint8_t* weights;  // of the shared expert: the strip; else the first slab pair of the strip's group
   const uint16_t* words;   // of that pair and those that follow, or nullptr
   const float* alpha;
@@ -100,7 +95,7 @@ __device__ __forceinline__ RingTasks ring_tasks(const MoeStreamArgs& args, int c
   t.per_strip1 = 1.0f / static_cast<float>(t.strips1), t.per_strip2 = 1.0f / static_cast<float>(t.strips2);
   return t;
 }
-// expert_of(chunk): where shared.chunk_expert is not there yet; nor are then (not kListed) the task's rows.
+// expert_of(chunk): where shared.routing.chunk_expert is not there yet; nor are then (not kListed) the task's rows.
 template <class Traits, bool kListed, class ExpertOf>
 __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared,
                                               const RingTasks& tasks, int v, const ExpertOf& expert_of) {
@@ -131,7 +126,8 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
   } else {
     task.counter = tasks.shared_chunks + chunk;
     task.blocks = (task.is_fc2 ? args.shape.inter : args.shape.hidden) / kMoeBlockCols;
-    task.rows = kListed ? shared.chunk_rows[chunk] : 0, task.first = kListed ? shared.chunk_first[chunk] : 0;
+    task.rows = kListed ? shared.routing.chunk_rows[chunk] : 0,
+    task.first = kListed ? shared.routing.chunk_first[chunk] : 0;
     const int expert = expert_of(chunk);
     const int cols = task.is_fc2 ? args.shape.inter : args.shape.hidden;
     const int64_t pair =
@@ -146,7 +142,8 @@ __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const t
 template <class Traits>
 __device__ __forceinline__ RingTask ring_task(const MoeStreamArgs& args, const typename Traits::Shared& shared,
                                               const RingTasks& tasks, int v) {
-  return ring_task<Traits, true>(args, shared, tasks, v, [&](int chunk) { return int{shared.chunk_expert[chunk]}; });
+  return ring_task<Traits, true>(args, shared, tasks, v,
+                                 [&](int chunk) { return int{shared.routing.chunk_expert[chunk]}; });
 }
 
 // Where a stage of a routed expert lies, from the task's weights on: a strip's part of a slab, two chunks of codes, then the scales of each.
@@ -276,15 +273,15 @@ __device__ __forceinline__ RingLoad ring_begin(const MoeStreamArgs& args, typena
   load.words = ring_words(load.task, 0);
   if (self != 0) return load;
   if (is_head) {
-    shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
-    shared.chunk_first[chunk] = static_cast<uint16_t>(at);
-    shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, __popc(equal) - before));
+    shared.routing.chunk_expert[chunk] = static_cast<uint16_t>(e);
+    shared.routing.chunk_first[chunk] = static_cast<uint16_t>(at);
+    shared.routing.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, __popc(equal) - before));
   }
-  if (is_slot) shared.slots[at] = static_cast<uint16_t>(lane);
+  if (is_slot) shared.routing.slots[at] = static_cast<uint16_t>(lane);
   if (lane < num_slots) {
     const int place = __popc(smaller & of_token) + __popc(equal & of_token & below);
-    shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : lane - base);
-    shared.rho[lane] = rho;
+    shared.routing.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : lane - base);
+    shared.routing.rho[lane] = rho;
   }
   if (lane == 0) shared.num_chunks = __popc(heads);
   ptx::mbarrier_arrive(&shared.routed);
@@ -374,7 +371,7 @@ __device__ void ring_load_rows(const MoeStreamArgs& args, const typename Traits:
         source = task.is_fc2 ? args.shared_h + static_cast<int64_t>(task.first + lane) * args.shared.inter
                              : args.x + static_cast<int64_t>(task.first + lane) * args.shape.hidden;
       } else {
-        const int slot = shared.slots[task.first + lane];
+        const int slot = shared.routing.slots[task.first + lane];
         source = task.is_fc2 ? args.h + static_cast<int64_t>(slot) * args.shape.inter
                              : args.x + static_cast<int64_t>(slot / args.shape.num_topk) * args.shape.hidden;
       }

@@ -132,7 +132,7 @@ __device__ __forceinline__ void ring_combine(const MoeStreamArgs& args, const ty
     const int64_t column = strip * 64 + lane * 4;
 #pragma unroll 6
     for (int k = 0; k < topk; ++k) {
-      const int place = shared.order[token * topk + k];
+      const int place = shared.routing.order[token * topk + k];
       if (place == 0xff) continue;
       const uint2 v = __ldcg(
           reinterpret_cast<const uint2*>(args.slot_y + static_cast<int64_t>(token * topk + place) * hidden + column));
@@ -183,11 +183,11 @@ __device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typenam
     for (int i = 0; i < 2; ++i) {
       const int row = 2 * t + i;
       if (row >= rows) continue;
-      const int slot = is_shared ? first + row : shared.slots[first + row];  // shared: the token
+      const int slot = is_shared ? first + row : shared.routing.slots[first + row];  // shared: the token
       const float gate = round_bf16(sum[i] * alpha_gate), up = round_bf16(sum[2 + i] * alpha_up);
       bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter
                           : args.h + static_cast<int64_t>(slot) * args.shape.inter;
-      h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.rho[slot], args.swiglu_limit));
+      h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.routing.rho[slot], args.swiglu_limit));
     }
     fence_proxy_async_all();
     ptx::named_barrier_sync(1, 128);
@@ -200,9 +200,10 @@ __device__ __forceinline__ void ring_epilogue(const MoeStreamArgs& args, typenam
   for (int i = 0; i < 2; ++i) {
     const int row = 2 * t + i;
     if (row >= rows) continue;
-    bf16* out = (is_shared ? args.shared_y + static_cast<int64_t>(first + row) * args.shape.hidden
-                           : args.slot_y + static_cast<int64_t>(shared.slots[first + row]) * args.shape.hidden) +
-                column;
+    bf16* out =
+        (is_shared ? args.shared_y + static_cast<int64_t>(first + row) * args.shape.hidden
+                   : args.slot_y + static_cast<int64_t>(shared.routing.slots[first + row]) * args.shape.hidden) +
+        column;
     out[0] = encode_bf16(sum[i] * alpha_down);
     out[2] = encode_bf16(sum[2 + i] * alpha_down);
   }

@@ -31,7 +31,7 @@ struct StreamTraits {
     int blocks;              // 0: no more tasks; of the shared expert: half blocks
     int counter;             // of fc1_done
     int strip, strips;
-    int rows, first;  // token rows; the first in Shared::slots, or of the shared expert the first token
+    int rows, first;  // token rows; the first in RoutedSlots::slots, or of the shared expert the first token
     bool is_fc2, is_shared;
     float alpha[2];  // valid once the task's first row stage is
   };
@@ -44,12 +44,7 @@ struct StreamTraits {
     uint8_t chunk_steps[kTaskSlots][kMaxSlabs / 2 + 1][kMoeGroupStrips];
     uint64_t task_full[kTaskSlots], task_done[kTaskSlots], task_free[kTaskSlots];
     uint64_t rows_full[kStages], rows_empty[kStages];
-    float rho[kMaxSlots];
-    uint16_t slots[kMaxSlots];  // sorted by expert, then token
-    uint8_t order[kMaxSlots];   // per token: its topk positions by expert id
-    uint16_t chunk_expert[kMaxSlots];
-    uint16_t chunk_first[kMaxSlots];
-    uint16_t chunk_rows[kMaxSlots];
+    RoutedSlots<kMaxSlots> routing;
     int num_chunks;
     uint32_t exit_flag;
   };
@@ -253,8 +248,8 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
     for (int i = 0; i < 2; ++i) {
       const int row = tile * 8 + 2 * t + i;
       if (row >= rows) continue;
-      const int slot = is_shared ? first + row : shared.slots[first + row];  // shared: the token
-      if (task.is_fc2) {                                                     // row g + 8 is two columns on
+      const int slot = is_shared ? first + row : shared.routing.slots[first + row];  // shared: the token
+      if (task.is_fc2) {                                                             // row g + 8 is two columns on
         bf16* out = (is_shared ? args.shared_y : args.slot_y) + static_cast<int64_t>(slot) * args.shape.hidden + column;
         out[0] = encode_bf16(sum[tile][i] * alpha0);
         out[2] = encode_bf16(sum[tile][2 + i] * alpha0);
@@ -262,7 +257,7 @@ __device__ __forceinline__ void stream_epilogue(const MoeStreamArgs& args, const
         const float gate = round_bf16(sum[tile][i] * alpha0), up = round_bf16(sum[tile][2 + i] * alpha1);
         bf16* h = is_shared ? args.shared_h + static_cast<int64_t>(slot) * args.shared.inter
                             : args.h + static_cast<int64_t>(slot) * args.shape.inter;
-        h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.rho[slot], args.swiglu_limit));
+        h[column] = encode_bf16(swiglu(gate, up, is_shared ? 1.0f : shared.routing.rho[slot], args.swiglu_limit));
       }
     }
 }

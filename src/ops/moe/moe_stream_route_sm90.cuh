@@ -29,6 +29,17 @@ __device__ __forceinline__ void prefetch_shared(const MoeStreamArgs& args) {
   prefetch(args.shared.fc2, moe_shared_fc2_bytes(args.shape.hidden, args.shared.inter));
 }
 
+// What routing finds, in shared memory. A chunk: up to kMaxRows slots of one expert.
+template <int kMaxSlots>
+struct RoutedSlots {
+  float rho[kMaxSlots];
+  uint16_t slots[kMaxSlots];  // sorted by expert, then token
+  uint8_t order[kMaxSlots];   // per token: its topk positions by expert id
+  uint16_t chunk_expert[kMaxSlots];
+  uint16_t chunk_first[kMaxSlots];  // in slots
+  uint16_t chunk_rows[kMaxSlots];
+};
+
 // Sorts the slots by expert into chunks of at most kMaxRows rows. Every CTA does this for itself and finds the same. Counts
 // live in `scratch` (kRouteScratch bytes, the ring before its use). Latency counts here: every weight waits for it. A warp ranks the slots of
 // its own stretch, then ranks are offset by the warps before.
@@ -56,7 +67,7 @@ __device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename
       e[r] = -1;
       if (r < rounds && i < num_slots) {
         e[r] = args.topk_idx[i];
-        shared.rho[i] = args.topk_weights[i];
+        shared.routing.rho[i] = args.topk_weights[i];
       }
     }
     uint16_t* own = count + warp * num_experts;
@@ -111,22 +122,22 @@ __device__ __forceinline__ void stream_route(const MoeStreamArgs& args, typename
     }
     for (int j = 0; j < chunks; ++j) {
       const int chunk = (before >> 16) + j;
-      shared.chunk_expert[chunk] = static_cast<uint16_t>(e);
-      shared.chunk_first[chunk] = static_cast<uint16_t>((before & 0xffff) + j * Traits::kMaxRows);
-      shared.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
+      shared.routing.chunk_expert[chunk] = static_cast<uint16_t>(e);
+      shared.routing.chunk_first[chunk] = static_cast<uint16_t>((before & 0xffff) + j * Traits::kMaxRows);
+      shared.routing.chunk_rows[chunk] = static_cast<uint16_t>(min(Traits::kMaxRows, n - j * Traits::kMaxRows));
     }
     __syncthreads();
   }
   if (threadIdx.x == 0) shared.num_chunks = static_cast<int>(done >> 16);
   for (int i = threadIdx.x; i < num_slots; i += Traits::kThreads) {
     const int e = expert[i], token = i / args.shape.num_topk, base = token * args.shape.num_topk, k = i - base;
-    if (e >= 0) shared.slots[count[i / stretch * num_experts + e] + rank[i]] = static_cast<uint16_t>(i);
+    if (e >= 0) shared.routing.slots[count[i / stretch * num_experts + e] + rank[i]] = static_cast<uint16_t>(i);
     int place = 0;  // after every position with a smaller expert (ties: smaller k)
     for (int j = 0; j < args.shape.num_topk; ++j) {
       const int other = expert[base + j];
       place += other < e || (other == e && j < k);
     }
-    shared.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
+    shared.routing.order[base + place] = static_cast<uint8_t>(e < 0 ? 0xff : k);
   }
   __syncthreads();
 }

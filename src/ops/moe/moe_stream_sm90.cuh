@@ -92,9 +92,9 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
     const int columns = is_shared ? kMoeBlockCols / 2 : kMoeBlockCols;  // of a block
     const int cols = is_fc2 ? is_shared ? args.shared.inter : args.shape.inter : args.shape.hidden,
               blocks = cols / columns;
-    const int expert = is_shared ? 0 : shared.chunk_expert[chunk];
-    const int first = is_shared ? chunk * Traits::kMaxRows : shared.chunk_first[chunk];
-    const int rows = is_shared ? min(Traits::kMaxRows, args.num_tokens - first) : shared.chunk_rows[chunk];
+    const int expert = is_shared ? 0 : shared.routing.chunk_expert[chunk];
+    const int first = is_shared ? chunk * Traits::kMaxRows : shared.routing.chunk_first[chunk];
+    const int rows = is_shared ? min(Traits::kMaxRows, args.num_tokens - first) : shared.routing.chunk_rows[chunk];
     const uint8_t* weights = is_fc2 ? args.shared.fc2 : args.shared.fc1;
     const int slabs = is_shared ? 0 : moe_slab_cols(cols);
     if (!is_shared) {
@@ -168,7 +168,7 @@ __device__ __forceinline__ void stream_produce(const MoeStreamArgs& args, typena
         source = is_fc2 ? args.shared_h + static_cast<int64_t>(first + lane) * args.shared.inter
                         : args.x + static_cast<int64_t>(first + lane) * args.shape.hidden;
       } else {
-        const int s = shared.slots[first + lane];
+        const int s = shared.routing.slots[first + lane];
         source = is_fc2 ? args.h + static_cast<int64_t>(s) * args.shape.inter
                         : args.x + static_cast<int64_t>(s / args.shape.num_topk) * args.shape.hidden;
       }
@@ -225,7 +225,7 @@ __device__ __forceinline__ void stream_combine(const MoeStreamArgs& args, const 
     float sum[8] = {};
 #pragma unroll 6
     for (int k = 0; k < topk; ++k) {
-      const int place = shared.order[token * topk + k];
+      const int place = shared.routing.order[token * topk + k];
       if (place != 0xff)
         add_bf16x8(sum, __ldcg(reinterpret_cast<const uint4*>(
                             args.slot_y + static_cast<int64_t>(token * topk + place) * args.shape.hidden + column)));
